@@ -1,0 +1,8 @@
+"""AdamW for training on GPUs: torch.optim.AdamW's interface, results and checkpoints in one Triton kernel."""
+
+from .functional import adamw_
+from .optimizer import AdamW
+from .param_groups import param_groups_weight_decay
+
+__all__ = ["AdamW", "adamw_", "param_groups_weight_decay"]
+__version__ = "0.1.0"

@@ -1,0 +1,78 @@
+"""State dicts: the same keys as torch.optim.AdamW's, and loading them without changing a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import Tensor
+
+# How a step is carried out belongs to the optimizer that does it; what it computes, to the checkpoint.
+_OF_THE_INSTANCE = ("foreach", "fused", "capturable", "differentiable")
+
+
+class _Kept:
+    """Hides a tensor from Optimizer.load_state_dict, which would cast it to the parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def prepare(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict to hand to Optimizer.load_state_dict, after which `restore` must follow.
+
+    Args:
+        groups: the optimizer's own param groups.
+        state_dict: of this optimizer or of any implementation of torch.optim.AdamW; not modified.
+
+    Raises:
+        ValueError: groups or shapes that do not match. Nothing has been changed then.
+    """
+    saved_groups = [dict(group) for group in state_dict["param_groups"]]
+    if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
+        raise ValueError(
+            f"loaded state dict has parameter groups of sizes {[len(g['params']) for g in saved_groups]}, "
+            f"the optimizer of {[len(g['params']) for g in groups]}; build it from the same groups in the same order"
+        )
+    for group, saved in zip(groups, saved_groups, strict=True):
+        saved.update({name: group[name] for name in _OF_THE_INSTANCE})
+
+    params = dict(
+        zip(
+            chain.from_iterable(group["params"] for group in saved_groups),
+            chain.from_iterable(group["params"] for group in groups),
+            strict=True,
+        )
+    )
+    state = {}
+    for key, values in state_dict["state"].items():
+        if key in params and values:
+            _check(params[key], key, values)
+            values = {name: _Kept(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+        state[key] = values
+    return {**state_dict, "state": state, "param_groups": saved_groups}
+
+
+def _check(param: Tensor, key: Any, values: Mapping[str, Any]) -> None:
+    missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in values]
+    if missing:
+        raise ValueError(
+            f"loaded state of parameter {key} has no {', '.join(missing)} (it has {', '.join(values)}); "
+            f"only the state of an AdamW or Adam can be loaded"
+        )
+    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        if name in values and tuple(values[name].shape) != tuple(param.shape):
+            raise ValueError(
+                f"loaded state {name!r} of parameter {key} has shape {tuple(values[name].shape)}, the parameter "
+                f"{tuple(param.shape)}; build the optimizer from the same parameters in the same order"
+            )
+
+
+def restore(state: Mapping[Any, Any]) -> None:
+    """Put the tensors kept by `prepare` where their parameters are, in the dtypes that they were saved in."""
+    for param, values in state.items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, _Kept):
+                # The step count is read once and kept on the side that counts.
+                values[name] = value.tensor if name == "step" else value.tensor.to(param.device)

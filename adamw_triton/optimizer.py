@@ -1,0 +1,182 @@
+"""class AdamW: arguments, state, step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from . import checkpoint
+from .checks import check_hyper, check_implementation, check_param
+from .plan import Plan
+from .scalars import Hyper
+
+
+class AdamW(Optimizer):
+    r"""AdamW in one kernel: a drop-in replacement for `torch.optim.AdamW`.
+
+    `AdamW(params, lr=1e-3, weight_decay=1e-2)` takes the steps that `torch.optim.AdamW` takes with the same
+    arguments, and reads and writes its checkpoints. For a parameter :math:`\theta` with gradient :math:`g`
+    at its step :math:`t`:
+
+    .. math::
+        \theta &\leftarrow \theta (1 - \eta\lambda) \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) g \\
+        v &\leftarrow \beta_2 v + (1 - \beta_2) g^2 \\
+        \theta &\leftarrow \theta - \eta\, \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
+
+    Arithmetic is in float32 (float64 for float64 parameters) for any mix of float32, bfloat16 and float16
+    parameters, gradients and state; every value is rounded once, when it is stored.
+
+    Args:
+        params: iterable of parameters, of (name, parameter) pairs, or of dicts that define groups.
+        lr: learning rate :math:`\eta`; a float or a 0-d tensor, which may change in place between steps.
+        betas: decay rates :math:`\beta_1, \beta_2` of the moments; floats or 0-d tensors.
+        eps: :math:`\epsilon`, added outside of the square root.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate as in PyTorch, unlike the paper's.
+        amsgrad: divide by the maximum of all v so far (https://openreview.net/forum?id=ryQu7f-RZ).
+        maximize: ascend instead of descend.
+        foreach: True: one launch for all tensors that share dtypes; False: one for each tensor; None: one
+            for all, unless there is only one.
+        capturable: only False.
+        differentiable: only False.
+        fused: True announces that `torch.amp.GradScaler` may leave unscaling to the step. The kernel is the
+            same in any case.
+
+    Raises:
+        ValueError: an option out of range or not supported, or a parameter whose elements share memory.
+        TypeError: a parameter that is neither floating point nor complex.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = AdamW(model.parameters(), lr=1e-2)
+        >>> model(torch.ones(3)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        check_hyper(defaults)
+        check_implementation(defaults)
+        self._plan: Plan | None = None
+        super().__init__(params, defaults)
+        self._announce_amp_support()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters with options of its own; refused like the arguments of the class."""
+        if isinstance(param_group, dict):
+            options = {**self.defaults, **param_group}
+            check_hyper(options)
+            check_implementation(options)
+        super().add_param_group(param_group)
+        try:
+            for param in self.param_groups[-1]["params"]:
+                check_param(param)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @torch._disable_dynamo  # under torch.compile, a graph break: nothing here could be fused with anything
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: a gradient or state that does not fit its parameter, or a sparse gradient. Nothing
+                has been written then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "step() cannot be captured in a CUDA graph: the step count lives on the host. "
+                "Capture forward and backward, and call step() outside of the graph."
+            )
+
+        # Set by torch.amp.GradScaler for the duration of this call.
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        hypers = list(map(Hyper.of, self.param_groups))
+        now = (self.param_groups, hypers, self.state)
+        skippable = found_inf is not None
+
+        grads = None if self._plan is None else self._plan.gradients(*now, skippable=skippable)
+        if grads is None:
+            self._plan = None
+            self._plan = Plan(*now, skippable=skippable)
+            grads = self._plan.gradients(*now, skippable=skippable)
+            assert grads is not None, "a plan fits what it was just built from"
+        self._plan.step(grads, hypers, grad_scale, found_inf)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this optimizer or of any implementation of `torch.optim.AdamW`.
+
+        State keeps the dtypes it was saved in. `foreach`, `fused`, `capturable` and `differentiable` stay as
+        this optimizer was built; all other options come from the checkpoint.
+
+        Raises:
+            ValueError: groups, shapes or entries that do not match. Nothing has been changed then.
+        """
+        hook = self.register_load_state_dict_pre_hook(lambda _, given: checkpoint.prepare(self.param_groups, given))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Also how Optimizer.load_state_dict installs what it has loaded.
+        super().__setstate__(state)
+        checkpoint.restore(self.state)
+        for group in self.param_groups:
+            for name, value in (
+                ("amsgrad", False),
+                ("maximize", False),
+                ("foreach", None),
+                ("capturable", False),
+                ("differentiable", False),
+                ("fused", None),
+            ):
+                group.setdefault(name, value)
+        self._plan = None
+        self._announce_amp_support()
+
+    def _announce_amp_support(self) -> None:
+        self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)

@@ -1,0 +1,350 @@
+"""Which tensors go in which launch, and when that has to be thought over.
+
+Between two steps almost nothing changes: the addresses of the gradients and a few scalars. A `Plan` holds the
+rest: tensors in buckets, one launch each. `Plan.gradients` looks, in a few passes over lists, for everything
+that would make the plan wrong: parameters, state and options are the user's to replace.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from itertools import chain
+from operator import attrgetter, is_, or_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .checks import check_grad, check_param, check_state, is_dense, same_strides
+from .functional import step_tensor, step_tensor_reference
+from .scalars import Hyper, Scalars, device_scalars, host_scalars
+
+_ALIGNMENT = 16  # bytes of the widest access
+_grad_of = attrgetter("grad")
+_dtype_of = attrgetter("dtype")
+
+
+class _Key(NamedTuple):
+    """What the tensors of one bucket have in common."""
+
+    group: int
+    wave: int  # parameters that share memory are stepped one after the other
+    device: torch.device
+    step: float  # updates so far
+    form: str  # "table", "tensors" or "reference"
+    dtypes: tuple[torch.dtype, ...]  # of param, grad, exp_avg, exp_avg_sq
+    aligned: bool
+
+
+class _Item:
+    """One parameter with a gradient."""
+
+    def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: int, amsgrad: bool) -> None:
+        self.param = param
+        self.grad = grad
+        self.state = state
+        self.group = group
+        self.names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+        self.wave = 0
+
+    @property
+    def moments(self) -> list[Tensor]:
+        return [self.state[name] for name in self.names]
+
+    def check(self) -> None:
+        check_param(self.param)
+        check_grad(self.param, self.grad)
+        for name in self.names:
+            if name in self.state:
+                check_state(self.param, name, self.state[name])
+
+    def complete_state(self) -> None:
+        """Create what is missing, and lay out what was loaded in another order like the parameter."""
+        self.state.setdefault("step", 0.0)
+        for name in self.names:
+            # For a parameter with gaps, the order of its dimensions without the gaps.
+            moment = self.state.get(name)
+            if moment is None:
+                self.state[name] = torch.zeros_like(self.param, memory_format=torch.preserve_format)
+            elif not same_strides(moment, torch.empty_like(self.param, device="meta")):
+                self.state[name] = torch.empty_like(self.param, dtype=moment.dtype).copy_(moment)
+
+    def key(self, foreach: bool | None, step: float) -> _Key:
+        tensors = (self.param, self.grad, *self.moments)
+        walkable = (
+            is_dense(self.param)
+            and same_strides(self.param, self.grad)
+            and not self.param.is_complex()
+            and not self.grad.is_neg()
+            and len({moment.dtype for moment in self.moments[1:]}) == 1
+        )
+        if not launch.has_kernels(self.param.device):
+            form = "reference"
+        else:
+            form = "table" if walkable and foreach is not False else "tensors"
+        return _Key(
+            group=self.group,
+            wave=self.wave,
+            device=self.param.device,
+            step=step,
+            form=form,
+            dtypes=tuple(t.dtype for t in tensors[:4]),
+            aligned=reduce(or_, (t.data_ptr() for t in tensors)) % _ALIGNMENT == 0,
+        )
+
+
+class _Bucket:
+    """Tensors that one launch steps, and the step count that they share."""
+
+    def __init__(self, key: _Key, items: list[_Item], maximize: bool, on_device: bool) -> None:
+        self.key = key
+        self.params = [item.param for item in items]
+        self.moments = [item.moments for item in items]
+        self.maximize = maximize
+        self.on_device = on_device and key.form != "reference"
+        # One vector holds the step counts, so that one operation counts for all.
+        device = key.device if self.on_device else "cpu"
+        self.steps = torch.full((len(items),), key.step, dtype=torch.float32, device=device)
+        for item, step in zip(items, self.steps.unbind(), strict=True):
+            item.state["step"] = step
+        self.steps_version = self.steps._version
+        self.step_count = key.step
+        self.table = _table(items, key) if key.form == "table" else None
+
+    def set_grad_addresses(self, addresses: list[int]) -> None:
+        if self.table is not None:
+            pinned = torch.tensor(addresses, dtype=torch.int64, pin_memory=self.key.device.type == "cuda")
+            self.table.grads.copy_(pinned, non_blocking=True)
+
+    def step(self, grads: Sequence[Tensor], hyper: Hyper, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        if grad_scale is not None:
+            grad_scale = grad_scale.to(self.key.device, non_blocking=True)
+        if found_inf is not None:
+            found_inf = found_inf.to(self.key.device, non_blocking=True)
+        scalars: Scalars | Tensor
+        if self.on_device:
+            self.steps.add_(1)
+            scalars = device_scalars(hyper, self.steps[0])
+            if found_inf is not None:
+                self.steps.sub_(found_inf)
+        else:
+            if found_inf is not None and found_inf.item():
+                return
+            self.steps.add_(1)
+            self.step_count += 1
+            hyper = hyper.floats()
+            scalars = host_scalars(hyper, self.step_count)
+        self.steps_version = self.steps._version
+
+        if self.key.form == "reference":
+            for param, grad, moments in zip(self.params, grads, self.moments, strict=True):
+                step_tensor_reference(
+                    param, grad, moments, hyper, self.step_count, maximize=self.maximize, grad_scale=grad_scale
+                )
+            return
+        if self.table is not None:
+            launch.launch_table(self.table, scalars, maximize=self.maximize, grad_scale=grad_scale, found_inf=found_inf)
+        else:
+            for param, grad, moments in zip(self.params, grads, self.moments, strict=True):
+                step_tensor(
+                    param, grad, moments, scalars, maximize=self.maximize, grad_scale=grad_scale, found_inf=found_inf
+                )
+        # Autograd does not see what a kernel writes.
+        torch.autograd.graph.increment_version(self.params)
+
+
+class Plan:
+    """The launches of a step, for one set of parameters that have gradients.
+
+    Building one checks everything it is given, then creates missing state; a refusal leaves all as it was.
+
+    Args:
+        groups: the optimizer's param groups.
+        hypers: `Hyper.of` each group.
+        state: the optimizer's state, filled in for parameters at their first update.
+        skippable: whether `found_inf` will be given, so that only the device can count steps.
+    """
+
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper], state: Any, *, skippable: bool
+    ) -> None:
+        self.structure = _structure(groups, hypers, skippable)
+        self.group_params = [list(group["params"]) for group in groups]
+        everything = {id(param): param for params in self.group_params for param in params}
+        self.without_grad = [param for param in everything.values() if param.grad is None]
+
+        items = [
+            _Item(param, param.grad, state.get(param, {}), index, group["amsgrad"])
+            for index, group in enumerate(groups)
+            for param in group["params"]
+            if param.grad is not None and everything.pop(id(param), None) is not None  # a duplicate steps once
+        ]
+        for item in items:
+            item.check()
+        for item in items:
+            item.complete_state()
+            state[item.param] = item.state
+        _separate_shared_memory(items)
+
+        by_key: dict[_Key, list[_Item]] = defaultdict(list)
+        for item, step in zip(items, _read_steps(items), strict=True):
+            by_key[item.key(groups[item.group]["foreach"], step)].append(item)
+        for key in [key for key, members in by_key.items() if len(members) == 1 and key.form == "table"]:
+            # A table is for several tensors, unless it was asked for.
+            if groups[key.group]["foreach"] is None:
+                by_key[key._replace(form="tensors")] += by_key.pop(key)
+        self.buckets = [
+            _Bucket(key, by_key[key], groups[key.group]["maximize"], skippable or hypers[key.group].on_device)
+            for key in sorted(by_key, key=lambda key: (key.wave, key.group))
+        ]
+        items = [item for bucket_key in (bucket.key for bucket in self.buckets) for item in by_key[bucket_key]]
+
+        # What `gradients` compares with.
+        self.params = [item.param for item in items]
+        self.param_addresses = list(map(Tensor.data_ptr, self.params))
+        self.param_contiguous = list(map(Tensor.is_contiguous, self.params))
+        self.all_states = list(state.values())
+        self.states = [item.state for item in items]
+        self.state_tensors = list(chain.from_iterable(map(dict.values, self.states)))
+        self.first_moments = [moment for bucket in self.buckets for moment in bucket.moments[0]]
+        self.first_moment_addresses = list(map(Tensor.data_ptr, self.first_moments))
+        grads = [item.grad for item in items]
+        self.grad_addresses = list(map(Tensor.data_ptr, grads))
+        self.grad_contiguous = list(map(Tensor.is_contiguous, grads))
+        self.grad_dtypes = list(map(_dtype_of, grads))
+        self.grad_strides = [(i, g.stride()) for i, g in enumerate(grads) if not self.param_contiguous[i]]
+
+    def gradients(
+        self, groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper], state: Any, *, skippable: bool
+    ) -> list[Tensor] | None:
+        """The gradients to step with, in the order of the buckets, or None if the plan no longer fits."""
+        if (
+            _structure(groups, hypers, skippable) != self.structure
+            or not all(_same(group["params"], known) for group, known in zip(groups, self.group_params, strict=True))
+            or not _same(state.values(), self.all_states)
+            or not _same(chain.from_iterable(map(dict.values, self.states)), self.state_tensors)
+            # Offloading code re-points every state at once: the first of each bucket tells.
+            or list(map(Tensor.data_ptr, self.first_moments)) != self.first_moment_addresses
+            or any(bucket.steps._version != bucket.steps_version for bucket in self.buckets)
+            or list(map(Tensor.data_ptr, self.params)) != self.param_addresses
+            or list(map(Tensor.is_contiguous, self.params)) != self.param_contiguous
+            or any(param.grad is not None for param in self.without_grad)
+        ):
+            return None
+        grads = list(map(_grad_of, self.params))
+        try:
+            addresses = list(map(Tensor.data_ptr, grads))
+        except (TypeError, RuntimeError):  # no gradient any more, or one without memory of its own
+            return None
+        # An allocator hands out the same address for another layout, so that addresses alone do not tell.
+        if (
+            list(map(Tensor.is_contiguous, grads)) != self.grad_contiguous
+            or not all(map(is_, map(_dtype_of, grads), self.grad_dtypes))
+            or any(grads[i].stride() != stride for i, stride in self.grad_strides)
+        ):
+            return None
+        if addresses != self.grad_addresses and not self._take_addresses(grads, addresses):
+            return None
+        return grads
+
+    def _take_addresses(self, grads: list[Tensor], addresses: list[int]) -> bool:
+        for param, grad, new, old in zip(self.params, grads, addresses, self.grad_addresses, strict=True):
+            if new != old:
+                check_grad(param, grad)
+                if grad.is_neg():
+                    return False
+        slices = list(_slices(self.buckets))
+        for bucket, part in slices:
+            if bucket.key.aligned and reduce(or_, addresses[part]) % _ALIGNMENT:
+                return False
+        for bucket, part in slices:
+            if addresses[part] != self.grad_addresses[part]:
+                bucket.set_grad_addresses(addresses[part])
+        self.grad_addresses = addresses
+        return True
+
+    def step(
+        self, grads: list[Tensor], hypers: Sequence[Hyper], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Step every bucket, with gradients from `gradients`."""
+        for bucket, part in _slices(self.buckets):
+            bucket.step(grads[part], hypers[bucket.key.group], grad_scale, found_inf)
+
+
+def _structure(groups: Sequence[Mapping[str, Any]], hypers: Sequence[Hyper], skippable: bool) -> list[Any]:
+    return [skippable] + [
+        (group["foreach"], group["amsgrad"], group["maximize"], hyper.on_device)
+        for group, hyper in zip(groups, hypers, strict=True)
+    ]
+
+
+def _same(items: Any, known: list[Any]) -> bool:
+    """Whether two sequences are the same objects. `==` would compare the tensors' elements."""
+    items = list(items)
+    return len(items) == len(known) and all(map(is_, items, known))
+
+
+def _slices(buckets: Sequence[_Bucket]) -> Any:
+    start = 0
+    for bucket in buckets:
+        end = start + len(bucket.params)
+        yield bucket, slice(start, end)
+        start = end
+
+
+def _read_steps(items: Sequence[_Item]) -> list[float]:
+    """Step counts, with one synchronisation for each device that holds some."""
+    steps = [torch.as_tensor(item.state["step"], dtype=torch.float32).reshape(()) for item in items]
+    values = [0.0] * len(steps)
+    for device in {step.device for step in steps}:
+        indices = [i for i, step in enumerate(steps) if step.device == device]
+        for i, value in zip(indices, torch.stack([steps[i] for i in indices]).tolist(), strict=True):
+            values[i] = value
+    return values
+
+
+def _separate_shared_memory(items: Sequence[_Item]) -> None:
+    """Give parameters that share memory different waves, in their order: in one launch they would race."""
+    by_device: dict[torch.device, list[tuple[int, int, int]]] = defaultdict(list)
+    for order, param in enumerate(item.param for item in items):
+        if param.numel():
+            span = 1 + sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
+            start = param.data_ptr()
+            by_device[param.device].append((start, start + span * param.element_size(), order))
+    for extents in by_device.values():
+        sharing: list[int] = []
+        reach = 0
+        for start, end, order in sorted(extents):
+            if start >= reach:
+                sharing = []
+            sharing.append(order)
+            reach = max(reach, end)
+            if len(sharing) > 1:
+                for wave, index in enumerate(sorted(sharing)):
+                    items[index].wave = wave
+
+
+def _table(items: Sequence[_Item], key: _Key) -> launch.Table:
+    size = launch.block_size(*key.dtypes)
+    rows = [
+        [item.param.numel(), item.param.data_ptr(), *(moment.data_ptr() for moment in item.moments)] for item in items
+    ]
+    tensors = torch.tensor(rows, dtype=torch.int64)
+    n_chunks = (tensors[:, 0] + size - 1) // size
+    tensor = torch.repeat_interleave(torch.arange(len(items)), n_chunks)
+    block = torch.arange(len(tensor)) - (n_chunks.cumsum(0) - n_chunks)[tensor]
+    param_dtype, grad_dtype, exp_avg_dtype, exp_avg_sq_dtype = key.dtypes
+    return launch.Table(
+        tensors=tensors.to(key.device),
+        grads=torch.tensor([item.grad.data_ptr() for item in items], dtype=torch.int64).to(key.device),
+        chunks=torch.stack((tensor, block), dim=1).to(torch.int32).to(key.device),
+        param_dtype=param_dtype,
+        grad_dtype=grad_dtype,
+        exp_avg_dtype=exp_avg_dtype,
+        exp_avg_sq_dtype=exp_avg_sq_dtype,
+        amsgrad=tensors.shape[1] == 5,
+        aligned=key.aligned,
+    )

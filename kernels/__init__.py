@@ -1,0 +1,1 @@
+"""GPU kernels of adamw_triton; installed as ``adamw_triton.kernels``."""

@@ -1,0 +1,278 @@
+"""The AdamW step: formula in registers -> one block of one tensor -> the two kernels.
+
+For a parameter θ with gradient g at step t, decoupled weight decay λ and ε outside the square root
+(Loshchilov & Hutter, https://arxiv.org/abs/1711.05101, in torch.optim.AdamW's convention):
+
+    θ <- θ (1 - ηλ)
+    m <- β1 m + (1 - β1) g
+    v <- β2 v + (1 - β2) g²
+    θ <- θ - η (m / (1 - β1^t)) / (sqrt(v / (1 - β2^t)) + ε)
+
+Nothing that is constant over a launch is computed here. Its seven numbers arrive ready, made on the host
+in double precision, because a Python float reaches a compiled kernel as fp32:
+
+    decay                       1 - ηλ
+    lerp_weight                 1 - β1, or -β1 where β1 <= 1/2 (see _adamw_update)
+    beta2, one_minus_beta2      β2, 1 - β2
+    neg_step_size               -η / (1 - β1^t)
+    inv_bias_correction2_sqrt   1 / sqrt(1 - β2^t)
+    eps                         ε
+
+or as one float64 row of memory (`scalars_ptr`), in that order: for float64 parameters, which need more
+than fp32, and where only the device knows them.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sqrt(x):
+    """Square root of x >= 0 to about half an ulp; 0, inf and NaN map to themselves."""
+    if x.dtype == tl.float64:
+        root = tl.sqrt(x)
+    else:
+        # tl.sqrt is off by up to an ulp and flushes denormals; tl.sqrt_rn branches to a subroutine. One
+        # Newton step on the reciprocal root does neither. 2^±100 keeps its residual in the normal range.
+        tiny = x < 7.888609052210118e-31
+        scaled = tl.where(tiny, x * 1.2676506002282294e30, x)
+        rsqrt = tl.rsqrt(scaled)
+        root = scaled * rsqrt
+        # `* -1.0`: unary minus is 0 - x, an instruction; this is an operand's sign bit.
+        root = tl.fma(tl.fma(root * -1.0, root, scaled), 0.5 * rsqrt, root)
+        root = tl.where(root == root, root, scaled)  # 0 * inf at both ends of the range
+        root = tl.where(tiny, root * 8.881784197001252e-16, root)
+    return root
+
+
+@triton.jit
+def _divide(numerator, denominator):
+    """numerator / denominator to about half an ulp, for denominator = sqrt(fp32) * c + eps >= 0.
+
+    Such a denominator is 0, infinite or far from the ends of fp32's range, so that squaring its
+    reciprocal root is a reciprocal that needs no scaling, unlike tl's `/`, and no subroutine, unlike
+    tl.div_rn.
+    """
+    if denominator.dtype == tl.float64:
+        quotient = numerator / denominator
+    else:
+        rsqrt = tl.rsqrt(denominator)
+        reciprocal = rsqrt * rsqrt
+        estimate = numerator * reciprocal
+        residual = tl.fma(denominator * -1.0, estimate, numerator)
+        quotient = tl.fma(residual, reciprocal, estimate)
+        quotient = tl.where(quotient == quotient, quotient, estimate)  # denominator 0 or inf
+    return quotient
+
+
+@triton.jit
+def _adamw_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, AMSGRAD: tl.constexpr):
+    """The formula, on registers. Explicit fma: the same bits whatever the compiler may contract."""
+    decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps = scalars
+    # torch's lerp_: from the nearer end, so that β1 = 0 gives exactly grad, and inf - inf the same NaN.
+    nearer = tl.where(lerp_weight > 0.0, exp_avg, grad)
+    exp_avg = tl.fma(grad - exp_avg, lerp_weight, nearer)
+    # (1 - β2) g before g: a g² beyond fp32's range can still be a finite term.
+    exp_avg_sq = tl.fma(grad * one_minus_beta2, grad, exp_avg_sq * beta2)
+    second_moment = exp_avg_sq
+    if AMSGRAD:
+        max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
+        second_moment = max_exp_avg_sq
+    denominator = tl.fma(_sqrt(second_moment), inv_bias_correction2_sqrt, eps)
+    param = tl.fma(_divide(exp_avg, denominator), neg_step_size, param * decay)
+    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+
+
+@triton.jit
+def _load(ptr, offsets, mask, DTYPE: tl.constexpr):
+    return tl.load(ptr + offsets, mask=mask).to(DTYPE)
+
+
+@triton.jit
+def _store(ptr, offsets, value, mask):
+    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _step_elements(ptrs, offsets, mask, grad_factor, scalars, DTYPE: tl.constexpr):
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr = ptrs
+    AMSGRAD: tl.constexpr = max_exp_avg_sq_ptr is not None
+    param = _load(param_ptr, offsets, mask, DTYPE)
+    grad = _load(grad_ptr, offsets, mask, DTYPE)
+    exp_avg = _load(exp_avg_ptr, offsets, mask, DTYPE)
+    exp_avg_sq = _load(exp_avg_sq_ptr, offsets, mask, DTYPE)
+    max_exp_avg_sq = exp_avg_sq
+    if AMSGRAD:
+        max_exp_avg_sq = _load(max_exp_avg_sq_ptr, offsets, mask, DTYPE)
+    if grad_factor is not None:
+        grad = grad * grad_factor
+    param, exp_avg, exp_avg_sq, max_exp_avg_sq = _adamw_update(
+        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, AMSGRAD
+    )
+    _store(param_ptr, offsets, param, mask)
+    _store(exp_avg_ptr, offsets, exp_avg, mask)
+    _store(exp_avg_sq_ptr, offsets, exp_avg_sq, mask)
+    if AMSGRAD:
+        _store(max_exp_avg_sq_ptr, offsets, max_exp_avg_sq, mask)
+
+
+@triton.jit
+def _load_scalars(scalars_ptr, DTYPE: tl.constexpr):
+    return (
+        tl.load(scalars_ptr + 0).to(DTYPE),
+        tl.load(scalars_ptr + 1).to(DTYPE),
+        tl.load(scalars_ptr + 2).to(DTYPE),
+        tl.load(scalars_ptr + 3).to(DTYPE),
+        tl.load(scalars_ptr + 4).to(DTYPE),
+        tl.load(scalars_ptr + 5).to(DTYPE),
+        tl.load(scalars_ptr + 6).to(DTYPE),
+    )
+
+
+@triton.jit
+def _step_block(
+    ptrs,
+    block,
+    n_elements,
+    grad_scale_ptr,
+    found_inf_ptr,
+    scalars_ptr,
+    scalars,
+    MAXIMIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Step the `block`-th BLOCK_SIZE elements of one tensor."""
+    if found_inf_ptr is not None:
+        if tl.load(found_inf_ptr) != 0.0:
+            return
+
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr = ptrs
+    IS_DOUBLE: tl.constexpr = param_ptr.dtype.element_ty == tl.float64
+    DTYPE: tl.constexpr = tl.float64 if IS_DOUBLE else tl.float32
+    if scalars_ptr is not None:
+        scalars = _load_scalars(scalars_ptr, DTYPE)
+
+    # Everything that multiplies a gradient is one factor, and absent when nothing does.
+    grad_factor = None
+    if grad_scale_ptr is not None:
+        grad_factor = (-1.0 if MAXIMIZE else 1.0) / tl.load(grad_scale_ptr).to(DTYPE)
+    elif MAXIMIZE:
+        grad_factor = -1.0
+
+    # 64-bit base, 32-bit offsets inside the block: tensors may exceed 2^31 elements.
+    start = block.to(tl.int64) * BLOCK_SIZE
+    if max_exp_avg_sq_ptr is not None:
+        max_exp_avg_sq_ptr += start
+    ptrs = (param_ptr + start, grad_ptr + start, exp_avg_ptr + start, exp_avg_sq_ptr + start, max_exp_avg_sq_ptr)
+    offsets = tl.arange(0, BLOCK_SIZE)
+    remaining = n_elements - start
+    # A mask whose bound is not a multiple of 16 splits every 128-bit access in four: full blocks have none.
+    if remaining >= BLOCK_SIZE:
+        _step_elements(ptrs, offsets, None, grad_factor, scalars, DTYPE)
+    else:
+        _step_elements(ptrs, offsets, offsets < remaining.to(tl.int32), grad_factor, scalars, DTYPE)
+
+
+@triton.jit(do_not_specialize=["n_elements"])
+def adamw_kernel(
+    param_ptr,
+    grad_ptr,
+    exp_avg_ptr,
+    exp_avg_sq_ptr,
+    max_exp_avg_sq_ptr,
+    n_elements: tl.int64,
+    grad_scale_ptr,
+    found_inf_ptr,
+    scalars_ptr,
+    decay,
+    lerp_weight,
+    beta2,
+    one_minus_beta2,
+    neg_step_size,
+    inv_bias_correction2_sqrt,
+    eps,
+    MAXIMIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Step one tensor of n_elements; one program for each BLOCK_SIZE elements.
+
+    `max_exp_avg_sq_ptr`, `grad_scale_ptr`, `found_inf_ptr` and `scalars_ptr` may be None: the compiled
+    kernel then has no trace of them.
+    """
+    _step_block(
+        (param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr),
+        tl.program_id(0),
+        n_elements,
+        grad_scale_ptr,
+        found_inf_ptr,
+        scalars_ptr,
+        (decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps),
+        MAXIMIZE,
+        BLOCK_SIZE,
+    )
+
+
+@triton.jit
+def _table_ptr(address_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    ptr = tl.load(address_ptr).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        ptr = tl.multiple_of(ptr, 16)
+    return ptr
+
+
+@triton.jit
+def adamw_table_kernel(
+    tensors_ptr,
+    grads_ptr,
+    chunks_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    scalars_ptr,
+    decay,
+    lerp_weight,
+    beta2,
+    one_minus_beta2,
+    neg_step_size,
+    inv_bias_correction2_sqrt,
+    eps,
+    PARAM_DTYPE: tl.constexpr,
+    GRAD_DTYPE: tl.constexpr,
+    EXP_AVG_DTYPE: tl.constexpr,
+    EXP_AVG_SQ_DTYPE: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Step a table of tensors; one program for each chunk of BLOCK_SIZE elements.
+
+    tensors_ptr  int64 [n_tensors, 4|5]  n_elements, addresses of param, exp_avg, exp_avg_sq (, max_exp_avg_sq)
+    grads_ptr    int64 [n_tensors]       addresses of the gradients: the only part that changes between steps
+    chunks_ptr   int32 [n_chunks, 2]     tensor, block within that tensor
+
+    ALIGNED promises that every address is a multiple of 16 bytes.
+    """
+    chunk_ptr = chunks_ptr + 2 * tl.program_id(0).to(tl.int64)
+    tensor = tl.load(chunk_ptr)
+    row_ptr = tensors_ptr + tensor * (5 if AMSGRAD else 4)
+    if AMSGRAD:
+        max_exp_avg_sq_ptr = _table_ptr(row_ptr + 4, EXP_AVG_SQ_DTYPE, ALIGNED)
+    else:
+        max_exp_avg_sq_ptr: tl.constexpr = None
+    _step_block(
+        (
+            _table_ptr(row_ptr + 1, PARAM_DTYPE, ALIGNED),
+            _table_ptr(grads_ptr + tensor, GRAD_DTYPE, ALIGNED),
+            _table_ptr(row_ptr + 2, EXP_AVG_DTYPE, ALIGNED),
+            _table_ptr(row_ptr + 3, EXP_AVG_SQ_DTYPE, ALIGNED),
+            max_exp_avg_sq_ptr,
+        ),
+        tl.load(chunk_ptr + 1),
+        tl.load(row_ptr),
+        grad_scale_ptr,
+        found_inf_ptr,
+        scalars_ptr,
+        (decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps),
+        MAXIMIZE,
+        BLOCK_SIZE,
+    )
