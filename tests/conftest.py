@@ -1,0 +1,66 @@
+"""Without a GPU, kernels run in Triton's interpreter: that has to be decided before triton is imported."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+from adamw_triton import launch
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture(params=["kernel", "reference"])
+def path(request, monkeypatch):
+    """Run a test once through the kernels and once through the eager reference."""
+    if request.param == "reference":
+        monkeypatch.setattr(launch, "has_kernels", lambda device: False)
+    else:
+        assert launch.has_kernels(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fresh memory is NaN, so that reading what was never written shows."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Records (kernel, number of programs) of every launch."""
+    seen = []
+    for name in ("adamw_kernel", "adamw_table_kernel"):
+        kernel = getattr(launch, name)
+
+        class Recorder:
+            def __init__(self, name, kernel):
+                self.name, self.kernel = name, kernel
+
+            def __getitem__(self, grid):
+                seen.append((self.name, grid[0]))
+                return self.kernel[grid]
+
+        monkeypatch.setattr(launch, name, Recorder(name, kernel))
+    return seen
