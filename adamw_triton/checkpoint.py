@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # How a step is carried out belongs to the optimizer that does it; what it computes, to the checkpoint.
@@ -62,7 +63,11 @@ def _check(param: Tensor, key: Any, values: Mapping[str, Any]) -> None:
             f"only the state of an AdamW or Adam can be loaded"
         )
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-        if name in values and tuple(values[name].shape) != tuple(param.shape):
+        if name in values and not isinstance(values[name], Tensor):
+            raise ValueError(
+                f"loaded state {name!r} of parameter {key} must be a tensor, got {type(values[name]).__name__}"
+            )
+        if name in values and values[name].shape != param.shape:
             raise ValueError(
                 f"loaded state {name!r} of parameter {key} has shape {tuple(values[name].shape)}, the parameter "
                 f"{tuple(param.shape)}; build the optimizer from the same parameters in the same order"
@@ -74,5 +79,7 @@ def restore(state: Mapping[Any, Any]) -> None:
     for param, values in state.items():
         for name, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, _Kept):
-                # The step count is read once and kept on the side that counts.
+                # The next step moves its count to the side that counts.
                 values[name] = value.tensor if name == "step" else value.tensor.to(param.device)
+            elif name == "step" and not isinstance(value, Tensor):
+                values[name] = torch.tensor(float(value), dtype=torch.float32)

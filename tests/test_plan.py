@@ -1,0 +1,289 @@
+"""What a step launches, and that everything that outdates a plan is noticed."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from adamw_triton import AdamW, launch
+from adamw_triton import plan as plan_module
+
+OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
+
+
+def make(device, n=4, **options):
+    """`n` parameters, our optimizer, and torch's on copies."""
+    ours = [nn.Parameter(torch.randn(40, 30, device=device)) for _ in range(n)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    return ours, theirs, AdamW(ours, **OPTIONS, **options), torch.optim.AdamW(theirs, foreach=False, **OPTIONS)
+
+
+def step(ours, theirs, mine, reference):
+    for p, q in zip(ours, theirs, strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    mine.step()
+    reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
+
+
+def test_one_launch_for_each_bucket(device, launches):
+    ours, theirs, mine, reference = make(device, 7)
+    step(ours, theirs, mine, reference)
+    assert launches == [("adamw_table_kernel", 7 * 2)]  # 1200 elements in blocks of 1024
+    launches.clear()
+    mine.add_param_group({"params": [nn.Parameter(torch.ones(1200, dtype=torch.bfloat16, device=device)) for _ in range(2)]})
+    for p in mine.param_groups[1]["params"]:
+        p.grad = torch.ones_like(p)
+    mine.step()
+    assert Counter(launches) == {("adamw_table_kernel", 7 * 2): 1, ("adamw_table_kernel", 2 * 2): 1}
+
+
+def test_launch_form(device, launches):
+    def kernels(n, **options):
+        launches.clear()
+        ours, theirs, mine, reference = make(device, n, **options)
+        step(ours, theirs, mine, reference)
+        return [name for name, _ in launches]
+
+    assert kernels(3, foreach=False) == ["adamw_kernel"] * 3
+    assert kernels(3, foreach=True) == kernels(3, foreach=None) == kernels(3, fused=True) == ["adamw_table_kernel"]
+    assert kernels(1, foreach=True) == ["adamw_table_kernel"]
+    assert kernels(1, foreach=None) == ["adamw_kernel"]
+
+
+def test_unaligned_tensors_have_a_launch_of_their_own(device, launches):
+    memory = torch.randn(5000, device=device)
+    params = [nn.Parameter(memory[start : start + 1024]) for start in (0, 1024, 2049, 3077)]
+    optimizer = AdamW(params)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    assert [(b.key.aligned, len(b.params)) for b in optimizer._plan.buckets] == [(True, 2), (False, 2)]
+    assert len(launches) == 2
+    for p in params:  # a gradient that loses its alignment moves its tensor
+        p.grad = torch.randn(1025, device=device)[1:]
+    optimizer.step()
+    assert [(b.key.aligned, len(b.params)) for b in optimizer._plan.buckets] == [(False, 4)]
+
+
+def test_the_plan_is_kept(device, monkeypatch):
+    ours, theirs, mine, reference = make(device)
+    step(ours, theirs, mine, reference)
+    known = mine._plan
+    for i in range(5):
+        mine.param_groups[0]["lr"] = 0.1 / (i + 1)
+        reference.param_groups[0]["lr"] = 0.1 / (i + 1)
+        step(ours, theirs, mine, reference)
+        assert mine._plan is known
+
+
+def test_steady_state_uploads_nothing_and_allocates_nothing(device, monkeypatch):
+    ours, theirs, mine, reference = make(device)
+    step(ours, theirs, mine, reference)
+    uploads, operations = [], []
+    monkeypatch.setattr(plan_module._Bucket, "set_grad_addresses", lambda self, addresses: uploads.append(addresses))
+    # The interpreter copies its arguments around.
+    monkeypatch.setattr(launch, "launch_table", lambda *args, **options: operations.append("launch"))
+
+    class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(function.__name__)
+            return function(*args, **(kwargs or {}))
+
+    with Operations():
+        mine.step()
+    # One operation counts the steps of all parameters.
+    assert [name for name in operations if "record_function" not in name] == ["add_.Tensor", "launch"]
+    assert not uploads
+    for p in ours:
+        p.grad = p.grad.clone()
+    mine.step()
+    assert len(uploads) == 1
+
+
+def test_gradient_table_follows_moving_gradients(device):
+    ours, theirs, mine, reference = make(device)
+    kept = []
+    for _ in range(5):
+        step(ours, theirs, mine, reference)
+        kept += [p.grad for p in ours]
+        table = mine._plan.buckets[0].table
+        assert table.grads.tolist() == [p.grad.data_ptr() for p in mine._plan.params]
+
+
+def bump_dtype(ours, theirs, mine, reference):
+    for p, q in zip(ours, theirs, strict=True):
+        p.grad = q.grad = None
+        p.data, q.data = p.data.double(), q.data.double()
+        for state in (mine.state[p], reference.state[q]):
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].double()
+
+
+def repoint(ours, theirs, mine, reference):
+    for p in ours:
+        p.data = p.data.clone()
+
+
+def repoint_one(ours, theirs, mine, reference):
+    ours[-1].data = ours[-1].data.clone()
+
+
+def transpose_in_place(ours, theirs, mine, reference):
+    """The same memory, another layout."""
+    for p, q, optimizer_state in zip(ours, theirs, mine.state.values(), strict=True):
+        p.grad = q.grad = None
+        p.data = p.data.t()
+        q.data = q.data.t()
+        for state in (optimizer_state, reference.state[q]):
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].t().contiguous()
+
+
+def replace_state_tensors(ours, theirs, mine, reference):
+    for p, q in zip(ours, theirs, strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            mine.state[p][name] = torch.full_like(p, 0.25)
+            reference.state[q][name] = torch.full_like(p, 0.25)
+
+
+def replace_one_state_tensor(ours, theirs, mine, reference):
+    mine.state[ours[2]]["exp_avg"] = torch.full_like(ours[2], 0.25)
+    reference.state[theirs[2]]["exp_avg"] = torch.full_like(ours[2], 0.25)
+
+
+def replace_state_dicts(ours, theirs, mine, reference):
+    for p, q in zip(ours, theirs, strict=True):
+        mine.state[p] = {name: value.clone() for name, value in mine.state[p].items()}
+        mine.state[p]["step"] += 3
+        reference.state[q]["step"] += 3
+
+
+def offload_and_back(ours, theirs, mine, reference):
+    """As RL frameworks do between phases: `.data` of every state tensor goes elsewhere and returns."""
+    for p in ours:
+        for name in ("exp_avg", "exp_avg_sq"):
+            tensor = mine.state[p][name]
+            tensor.data = tensor.data.clone()
+
+
+def change_step_in_place(ours, theirs, mine, reference):
+    mine.state[ours[1]]["step"].fill_(10)
+    reference.state[theirs[1]]["step"].fill_(10)
+
+
+def replace_step(ours, theirs, mine, reference):
+    mine.state[ours[1]]["step"] = torch.tensor(10.0)
+    reference.state[theirs[1]]["step"].fill_(10)
+
+
+def clear_state(ours, theirs, mine, reference):
+    mine.state.clear()
+    reference.state.clear()
+
+
+def change_group_options(ours, theirs, mine, reference):
+    for optimizer in (mine, reference):
+        optimizer.param_groups[0].update(lr=3e-3, weight_decay=0.3, betas=(0.5, 0.6), eps=1e-3, maximize=True)
+
+
+def swap_params(ours, theirs, mine, reference):
+    for params, optimizer in ((ours, mine), (theirs, reference)):
+        fresh = nn.Parameter(torch.full((40, 30), 0.5, device=params[0].device))
+        params[1] = optimizer.param_groups[0]["params"][1] = fresh
+
+
+def append_param(ours, theirs, mine, reference):
+    for params, optimizer in ((ours, mine), (theirs, reference)):
+        fresh = nn.Parameter(torch.full((40, 30), 0.5, device=params[0].device))
+        params.append(fresh)
+        optimizer.param_groups[0]["params"].append(fresh)
+
+
+def add_group(ours, theirs, mine, reference):
+    for params, optimizer in ((ours, mine), (theirs, reference)):
+        fresh = nn.Parameter(torch.full((40, 30), 0.5, device=params[0].device))
+        params.append(fresh)
+        optimizer.add_param_group({"params": [fresh], "lr": 0.1})
+
+
+def drop_group_member(ours, theirs, mine, reference):
+    for params, optimizer in ((ours, mine), (theirs, reference)):
+        optimizer.param_groups[0]["params"].pop(0)
+        params.pop(0)
+
+
+def load_state(ours, theirs, mine, reference):
+    mine.load_state_dict(copy.deepcopy(mine.state_dict()))
+
+
+CHANGES = [
+    bump_dtype, repoint, repoint_one, transpose_in_place, replace_state_tensors, replace_one_state_tensor,
+    replace_state_dicts, offload_and_back, change_step_in_place, replace_step, clear_state, change_group_options,
+    swap_params, append_param, add_group, drop_group_member, load_state,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("foreach", [True, False])
+def test_changes_are_noticed(change, foreach, device, path):
+    ours, theirs, mine, reference = make(device, foreach=foreach)
+    for _ in range(2):
+        step(ours, theirs, mine, reference)
+    change(ours, theirs, mine, reference)
+    for _ in range(2):
+        step(ours, theirs, mine, reference)
+
+
+def test_square_transposed_in_place(device, path):
+    """Same address, same shape, other strides: the gradient's layout no longer is the parameter's."""
+    ours, theirs = (nn.Parameter(torch.randn(30, 30, generator=torch.Generator().manual_seed(1)).to(device)) for _ in range(2))
+    mine, reference = AdamW([ours], **OPTIONS), torch.optim.AdamW([theirs], foreach=False, **OPTIONS)
+    step([ours], [theirs], mine, reference)
+    for p in (ours, theirs):
+        p.data = p.data.t()
+    for _ in range(2):
+        step([ours], [theirs], mine, reference)
+
+
+def test_alternating_sets_of_gradients(device, path):
+    """As with experts: which parameters have gradients changes with every step."""
+    ours, theirs, mine, reference = make(device, 5)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(8):
+        present = torch.rand(5, generator=generator) < 0.5
+        for p, q, has_grad in zip(ours, theirs, present, strict=True):
+            p.grad = torch.randn_like(p) if has_grad else None
+            q.grad = p.grad.clone() if has_grad else None
+        mine.step()
+        reference.step()
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
+    assert len({float(mine.state[p]["step"]) for p in ours}) > 1
+
+
+def test_device_memory_of_the_plan(device):
+    """Less than 16 bytes for each chunk and 64 for each tensor."""
+    params = [nn.Parameter(torch.zeros(n, device=device)) for n in (1, 1024, 100_000, 3)]
+    optimizer = AdamW(params, amsgrad=True)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    (bucket,) = optimizer._plan.buckets
+    n_chunks = sum(-(-p.numel() // launch.block_size(*bucket.key.dtypes)) for p in params)
+    tables = (bucket.table.tensors, bucket.table.grads, bucket.table.chunks)
+    used = sum(t.numel() * t.element_size() for t in tables)
+    assert bucket.table.chunks.shape == (n_chunks, 2)
+    assert used < 16 * n_chunks + 64 * len(params)
+    assert used - 8 * n_chunks <= 64 * len(params)
+
+
+def test_many_groups_of_one_tensor(device, path):
+    ours = [nn.Parameter(torch.randn(7, device=device)) for _ in range(20)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    mine = AdamW([{"params": [p], "lr": 10.0**-i} for i, p in enumerate(ours)])
+    reference = torch.optim.AdamW([{"params": [p], "lr": 10.0**-i} for i, p in enumerate(theirs)], foreach=False)
+    for _ in range(3):
+        step(ours, theirs, mine, reference)
