@@ -83,7 +83,9 @@ class Guarded:
 
     def place(self, values, offset=0, border=64):
         """A copy of `values` as a view, `offset` elements after a 16-byte boundary."""
-        buffer = torch.full((border + offset + values.numel() + border,), -77.0, dtype=values.dtype, device=values.device)
+        buffer = torch.full(
+            (border + offset + values.numel() + border,), -77.0, dtype=values.dtype, device=values.device
+        )
         inside = slice(border + offset, border + offset + values.numel())
         assert buffer.data_ptr() % 64 == 0 or values.device.type == "cpu"
         view = buffer[inside].view(values.shape)

@@ -43,7 +43,9 @@ def newton_divide(a, b, error):
 
 def errors(rng, n):
     """Random, and both extremes."""
-    return np.concatenate([rng.uniform(-SEED_ERROR, SEED_ERROR, n - 2 * (n // 4)), *[np.full(n // 4, s * SEED_ERROR) for s in (-1, 1)]])
+    return np.concatenate(
+        [rng.uniform(-SEED_ERROR, SEED_ERROR, n - 2 * (n // 4)), *[np.full(n // 4, s * SEED_ERROR) for s in (-1, 1)]]
+    )
 
 
 def ulps(actual, expected):
@@ -88,7 +90,10 @@ def test_special_values(error):
     inf, nan = f32(np.inf), f32(np.nan)
     x = np.array([0.0, -0.0, inf, nan, 1.0, 4.0], f32)
     np.testing.assert_array_equal(newton_sqrt(x, error), np.sqrt(x))
-    a, b = (t.reshape(-1) for t in np.meshgrid(np.array([0.0, 1.0, -2.0, inf, -inf, nan], f32), np.array([0.0, 1.0, inf, nan], f32)))
+    a, b = (
+        t.reshape(-1)
+        for t in np.meshgrid(np.array([0.0, 1.0, -2.0, inf, -inf, nan], f32), np.array([0.0, 1.0, inf, nan], f32))
+    )
     np.testing.assert_array_equal(newton_divide(a, b, error), a / b)
 
 

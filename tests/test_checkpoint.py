@@ -75,7 +75,10 @@ def test_capturable_checkpoint(device, path):
 def test_step_counts_of_any_kind(kind, device, path):
     """Python numbers from old checkpoints, any dtype, shape [1]."""
     ours, theirs = make_model(device), make_model(device)
-    mine, reference = AdamW(ours.parameters(), **OPTIONS), torch.optim.AdamW(theirs.parameters(), foreach=False, **OPTIONS)
+    mine, reference = (
+        AdamW(ours.parameters(), **OPTIONS),
+        torch.optim.AdamW(theirs.parameters(), foreach=False, **OPTIONS),
+    )
     set_grads(ours, theirs, 0)
     mine.step()
     reference.step()
@@ -225,6 +228,8 @@ def test_broken_state_is_refused_and_nothing_changes(change, message, device):
     after = optimizer.state_dict()
     assert after["param_groups"] == before["param_groups"]
     assert all(
-        torch.equal(after["state"][i][name], value) for i, state in before["state"].items() for name, value in state.items()
+        torch.equal(after["state"][i][name], value)
+        for i, state in before["state"].items()
+        for name, value in state.items()
     )
     optimizer.step()

@@ -66,7 +66,11 @@ BAD_PARAMS = [
     (lambda: frozen(torch.ones(3, dtype=torch.int64)), TypeError, "dtype torch.int64 .*use float32, bfloat16"),
     (lambda: frozen(torch.ones(3, dtype=torch.bool)), TypeError, "dtype torch.bool"),
     (lambda: frozen(torch.ones(3).to(torch.float8_e4m3fn)), TypeError, "dtype torch.float8_e4m3fn"),
-    (lambda: nn.Parameter(torch.ones(1).expand(3)), ValueError, r"share memory \(shape \(3,\), strides \(0,\)\).*clone"),
+    (
+        lambda: nn.Parameter(torch.ones(1).expand(3)),
+        ValueError,
+        r"share memory \(shape \(3,\), strides \(0,\)\).*clone",
+    ),
     (lambda: nn.Parameter(torch.ones(9).as_strided((3, 3), (2, 1))), ValueError, "share memory"),
     (lambda: nn.Parameter(torch.ones(3, dtype=torch.complex64).conj()), ValueError, "conjugated or negated view"),
 ]
@@ -168,7 +172,11 @@ def test_a_step_that_is_refused_changes_nothing(spoil, message, first_step, devi
     for old, new in zip(before[2].values(), after[2].values(), strict=True):
         assert old.keys() == new.keys()
         for name, value in old.items():
-            same = torch.equal(value, new[name]) if isinstance(value, torch.Tensor) and value.device.type != "meta" else True
+            same = (
+                torch.equal(value, new[name])
+                if isinstance(value, torch.Tensor) and value.device.type != "meta"
+                else True
+            )
             assert same, name
     # and it goes on where it was as soon as the fault is gone
     bad.data = torch.ones(3, device=device)
@@ -193,7 +201,7 @@ def test_function_checks_its_tensors(device, path):
 
 def test_no_decay_names():
     model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="no_decay must list names.*wieght"):
+    with pytest.raises(ValueError, match=r"no_decay must list names.*wieght"):
         param_groups_weight_decay(model, 0.1, no_decay=["wieght"])
     with pytest.raises(ValueError, match="no_decay must list names"):
         param_groups_weight_decay(model, 0.1, no_decay="weight")

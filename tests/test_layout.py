@@ -12,7 +12,9 @@ OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
 
 
 def backing(n, device, dtype=torch.float32):
-    return torch.randn(n, device=device).to(dtype) if not dtype.is_complex else torch.randn(n, dtype=dtype, device=device)
+    return (
+        torch.randn(n, device=device).to(dtype) if not dtype.is_complex else torch.randn(n, dtype=dtype, device=device)
+    )
 
 
 LAYOUTS = {
@@ -164,4 +166,6 @@ def test_layout_predicates():
     assert overlaps_itself(torch.zeros(10).as_strided((3, 3), (2, 1)))
     assert not overlaps_itself(torch.zeros(10).as_strided((2, 3), (3, 2)))  # interleaved, all places distinct
     assert not any(map(overlaps_itself, (base, base.t(), base[:, ::2], base[::2].t(), base[:0].expand(0, 6))))
-    assert same_strides(torch.zeros(1, 5), torch.zeros(5, 1).t()) and not same_strides(torch.zeros(2, 5), torch.zeros(5, 2).t())
+    assert same_strides(torch.zeros(1, 5), torch.zeros(5, 1).t()) and not same_strides(
+        torch.zeros(2, 5), torch.zeros(5, 2).t()
+    )

@@ -34,7 +34,9 @@ def test_one_launch_for_each_bucket(device, launches):
     step(ours, theirs, mine, reference)
     assert launches == [("adamw_table_kernel", 7 * 2)]  # 1200 elements in blocks of 1024
     launches.clear()
-    mine.add_param_group({"params": [nn.Parameter(torch.ones(1200, dtype=torch.bfloat16, device=device)) for _ in range(2)]})
+    mine.add_param_group(
+        {"params": [nn.Parameter(torch.ones(1200, dtype=torch.bfloat16, device=device)) for _ in range(2)]}
+    )
     for p in mine.param_groups[1]["params"]:
         p.grad = torch.ones_like(p)
     mine.step()
@@ -240,7 +242,9 @@ def test_changes_are_noticed(change, foreach, device, path):
 
 def test_square_transposed_in_place(device, path):
     """Same address, same shape, other strides: the gradient's layout no longer is the parameter's."""
-    ours, theirs = (nn.Parameter(torch.randn(30, 30, generator=torch.Generator().manual_seed(1)).to(device)) for _ in range(2))
+    ours, theirs = (
+        nn.Parameter(torch.randn(30, 30, generator=torch.Generator().manual_seed(1)).to(device)) for _ in range(2)
+    )
     mine, reference = AdamW([ours], **OPTIONS), torch.optim.AdamW([theirs], foreach=False, **OPTIONS)
     step([ours], [theirs], mine, reference)
     for p in (ours, theirs):

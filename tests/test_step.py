@@ -57,13 +57,13 @@ def test_options(dtypes, amsgrad, maximize, foreach, device, path):
     assert_step(before, tensors, step=5, maximize=maximize, **OPTIONS)
 
 
-@pytest.mark.parametrize("dtypes", [(dtype,) * 4 for dtype in DTYPES] + [(torch.bfloat16,) * 2 + (torch.float32,) * 2], ids=mix_id)
+@pytest.mark.parametrize(
+    "dtypes", [(dtype,) * 4 for dtype in DTYPES] + [(torch.bfloat16,) * 2 + (torch.float32,) * 2], ids=mix_id
+)
 @pytest.mark.parametrize("offset", [0, 1, 3, 8])
 def test_edges_and_neighbours(dtypes, offset, device, path):
     guard = Guarded()
-    tensors = [
-        [guard.place(t, offset) for t in random_state((size,), dtypes, device, amsgrad=True)] for size in SIZES
-    ]
+    tensors = [[guard.place(t, offset) for t in random_state((size,), dtypes, device, amsgrad=True)] for size in SIZES]
     before = [[t.clone() for t in ts] for ts in tensors]
     for foreach in (True, False):
         for ts, saved in zip(tensors, before, strict=True):
