@@ -70,7 +70,7 @@ def step_tensor_reference(
         step=step,
         maximize=maximize,
         grad_scale=grad_scale,
-        **hyper.floats()._asdict(),
+        **{name: float(value) for name, value in hyper._asdict().items()},
     )
 
 
@@ -131,7 +131,7 @@ def adamw_(
 
     hyper = Hyper.of(options)
     if launch.has_kernels(param.device):
-        scalars = host_scalars(hyper.floats(), float(step))
+        scalars = host_scalars(hyper, float(step))
         step_tensor(param, grad, moments, scalars, maximize=maximize, grad_scale=grad_scale, found_inf=found_inf)
         torch.autograd.graph.increment_version([param, *moments])
     elif found_inf is None or not found_inf.item():

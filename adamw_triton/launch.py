@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -40,6 +41,12 @@ class Table(NamedTuple):
 
 def has_kernels(device: torch.device) -> bool:
     """Whether tensors on `device` go through the kernels; if not, through the reference."""
+    if triton is None and device.type == "cuda":
+        warnings.warn(
+            "Triton is not installed: AdamW steps as eager PyTorch operations, many times slower than its kernel. "
+            "Install triton (published for Linux).",
+            stacklevel=2,
+        )
     return triton is not None and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
 
 

@@ -89,7 +89,6 @@ class AdamW(Optimizer):
         check_implementation(defaults)
         self._plan: Plan | None = None
         super().__init__(params, defaults)
-        self._announce_amp_support()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with options of its own; refused like the arguments of the class."""
@@ -104,6 +103,7 @@ class AdamW(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._announce_amp_support()
 
     @torch._disable_dynamo  # under torch.compile, a graph break: nothing here could be fused with anything
     @torch.no_grad()
@@ -137,13 +137,14 @@ class AdamW(Optimizer):
         now = (self.param_groups, hypers, self.state)
         skippable = found_inf is not None
 
-        grads = None if self._plan is None else self._plan.gradients(*now, skippable=skippable)
-        if grads is None:
+        plan = self._plan
+        grads = None if plan is None else plan.gradients(*now, skippable=skippable)
+        if plan is None or grads is None:
             self._plan = None
-            self._plan = Plan(*now, skippable=skippable)
-            grads = self._plan.gradients(*now, skippable=skippable)
+            self._plan = plan = Plan(*now, skippable=skippable)
+            grads = plan.gradients(*now, skippable=skippable)
             assert grads is not None, "a plan fits what it was just built from"
-        self._plan.step(grads, hypers, grad_scale, found_inf)
+        plan.step(grads, hypers, grad_scale, found_inf)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -135,7 +135,6 @@ class _Bucket:
                 return
             self.steps.add_(1)
             self.step_count += 1
-            hyper = hyper.floats()
             scalars = host_scalars(hyper, self.step_count)
         self.steps_version = self.steps._version
 

@@ -20,18 +20,17 @@ class Hyper(NamedTuple):
     @classmethod
     def of(cls, group: dict) -> Hyper:
         """Read a param group; 0-d tensors on the CPU are read now, those on a device are left there."""
+
+        def read(value: float | Tensor) -> float | Tensor:
+            return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
+
         beta1, beta2 = group["betas"]
-        values = (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-        return cls(*(v if isinstance(v, Tensor) and v.device.type != "cpu" else float(v) for v in values))
+        return cls(read(group["lr"]), read(beta1), read(beta2), float(group["eps"]), float(group["weight_decay"]))
 
     @property
     def on_device(self) -> bool:
         """Whether reading the values on the host would synchronise with a device."""
         return any(isinstance(value, Tensor) for value in self)
-
-    def floats(self) -> Hyper:
-        """The values as floats, reading those on a device."""
-        return Hyper(*map(float, self))
 
 
 class Scalars(NamedTuple):
@@ -47,8 +46,8 @@ class Scalars(NamedTuple):
 
 
 def host_scalars(hyper: Hyper, step: float) -> Scalars:
-    """Scalars of update number `step` >= 1, from hyper-parameters that are floats."""
-    lr, beta1, beta2, eps, weight_decay = hyper
+    """Scalars of update number `step` >= 1; hyper-parameters on a device are read, which synchronises."""
+    lr, beta1, beta2, eps, weight_decay = map(float, hyper)
     return Scalars(
         decay=1 - lr * weight_decay,
         lerp_weight=1 - beta1 if beta1 > 0.5 else -beta1,

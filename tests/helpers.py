@@ -1,6 +1,7 @@
 """The float64 oracle, what each rounding may cost, and buffers with guarded borders."""
 
 import numpy as np
+import pytest
 import torch
 
 from adamw_triton import launch
@@ -108,3 +109,9 @@ def random_state(shape, dtypes, device, *, amsgrad=False, scale=1.0):
         values.append(exp_avg_sq * torch.rand(shape, device=device).mul(2))
     dtypes = (*dtypes, dtypes[-1])[: len(values)]
     return [value.to(dtype) for value, dtype in zip(values, dtypes, strict=True)]
+
+
+def allow_any_grad_dtype(param):
+    if not hasattr(param, "grad_dtype"):
+        pytest.skip("this torch refuses gradients of another dtype than their parameter's")
+    param.grad_dtype = None

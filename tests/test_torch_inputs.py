@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from torch.testing._internal.common_optimizers import optim_db
 
 from adamw_triton import AdamW
+
+pytest.importorskip("expecttest", reason="torch's own test utilities need it")
+from torch.testing._internal.common_optimizers import optim_db
 
 INFO = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
