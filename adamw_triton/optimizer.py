@@ -141,7 +141,8 @@ class AdamW(Optimizer):
         grads = None if plan is None else plan.gradients(*now, skippable=skippable)
         if plan is None or grads is None:
             self._plan = None
-            self._plan = plan = Plan(*now, skippable=skippable)
+            with torch.inference_mode(False):  # state must outlive a step taken in inference mode
+                self._plan = plan = Plan(*now, skippable=skippable)
             grads = plan.gradients(*now, skippable=skippable)
             assert grads is not None, "a plan fits what it was just built from"
         plan.step(grads, hypers, grad_scale, found_inf)

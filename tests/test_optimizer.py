@@ -397,3 +397,49 @@ def test_inference_and_grad_modes_are_left_alone(device, path):
     with torch.no_grad():
         optimizer.step()
         assert not torch.is_grad_enabled()
+
+
+def test_a_step_in_inference_mode(device, path):
+    ours, theirs, mine, reference = pair(device, lr=1e-2)
+    set_grads(ours, theirs, 0)
+    with torch.inference_mode():
+        mine.step()
+    reference.step()
+    set_grads(ours, theirs, 1)
+    mine.step()
+    reference.step()
+    assert_same(ours, theirs, mine, reference)
+
+
+def test_one_optimizer_for_each_parameter_in_backward_hooks(device, path):
+    """The usual recipe for stepping inside of backward: the gradient is gone right after."""
+    ours, theirs = make_model(device).linear, make_model(device).linear
+    optimizers = {p: AdamW([p], lr=1e-2) for p in ours.parameters()}
+    reference = torch.optim.AdamW(theirs.parameters(), foreach=False, lr=1e-2)
+
+    def step(param):
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    for p in ours.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    inputs = torch.randn(4, 37, device=device)
+    for _ in range(3):
+        ours(inputs).square().sum().backward()
+        assert all(p.grad is None for p in ours.parameters())
+        reference.zero_grad()
+        theirs(inputs).square().sum().backward()
+        reference.step()
+    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=1e-5, atol=1e-6)
+
+
+def test_two_kinds_of_device_in_one_group(device, path):
+    """`meta` stands for a second device, one without kernels."""
+    here, there = nn.Parameter(torch.ones(3, device=device)), nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = AdamW([here, there])
+    for _ in range(2):
+        for p in (here, there):
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert {b.key.device.type for b in optimizer._plan.buckets} == {device.type, "meta"}
+    assert here[0] < 1 and optimizer.state[there]["exp_avg"].device.type == "meta"
