@@ -14,13 +14,16 @@ from .scalars import Scalars
 try:
     import triton
     import triton.language as tl
-
-    from .kernels.adamw import adamw_kernel, adamw_table_kernel
 except ImportError:  # triton is published for Linux only; the reference runs elsewhere
     triton = None
+else:
+    from .kernels.adamw import adamw_kernel, adamw_table_kernel
 
 # With TRITON_INTERPRET=1 set before this import, kernels run through NumPy, on CPU tensors too.
 INTERPRETED = triton is not None and not isinstance(adamw_kernel, triton.JITFunction)
+
+# 128 threads a program, of warps of 32 threads (NVIDIA) or wavefronts of 64 (AMD).
+NUM_WARPS = 4 if torch.version.hip is None else 2
 
 _NO_SCALARS = Scalars(*[0.0] * len(Scalars._fields))
 
@@ -100,6 +103,7 @@ def launch_tensor(
             *floats,
             maximize,
             size,
+            num_warps=NUM_WARPS,
         )
 
 
@@ -131,6 +135,7 @@ def launch_table(
             table.aligned,
             maximize,
             block_size(*dtypes),
+            num_warps=NUM_WARPS,
         )
 
 

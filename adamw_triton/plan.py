@@ -24,7 +24,6 @@ from .scalars import Hyper, Scalars, device_scalars, host_scalars
 
 _ALIGNMENT = 16  # bytes of the widest access
 _grad_of = attrgetter("grad")
-_dtype_of = attrgetter("dtype")
 
 
 class _Key(NamedTuple):
@@ -202,38 +201,47 @@ class Plan:
         items = [item for bucket_key in (bucket.key for bucket in self.buckets) for item in by_key[bucket_key]]
 
         # What `gradients` compares with.
-        self.params = [item.param for item in items]
-        self.param_addresses = list(map(Tensor.data_ptr, self.params))
-        self.param_contiguous = list(map(Tensor.is_contiguous, self.params))
         self.all_states = list(state.values())
         self.states = [item.state for item in items]
         self.state_tensors = list(chain.from_iterable(map(dict.values, self.states)))
         self.first_moments = [moment for bucket in self.buckets for moment in bucket.moments[0]]
         self.first_moment_addresses = list(map(Tensor.data_ptr, self.first_moments))
+        self.params = [item.param for item in items]
+        self.param_addresses = list(map(Tensor.data_ptr, self.params))
+        self.param_numels = list(map(Tensor.numel, self.params))
+        # Only with two equal dimensions can strides change while address and shape stay.
+        self.squares = [p for p in self.params if len({n for n in p.shape if n > 1}) < sum(n > 1 for n in p.shape)]
+        self.square_strides = list(map(Tensor.stride, self.squares))
         grads = [item.grad for item in items]
         self.grad_addresses = list(map(Tensor.data_ptr, grads))
         self.grad_contiguous = list(map(Tensor.is_contiguous, grads))
-        self.grad_dtypes = list(map(_dtype_of, grads))
-        self.grad_strides = [(i, g.stride()) for i, g in enumerate(grads) if not self.param_contiguous[i]]
+        self.strided = [i for i, param in enumerate(self.params) if not param.is_contiguous()]
+        self.grad_strides = [grads[i].stride() for i in self.strided]
+        # For all other parameters, assigning `.grad` checks the dtype.
+        self.any_dtype = [i for i, p in enumerate(self.params) if getattr(p, "grad_dtype", p.dtype) != p.dtype]
+        self.grad_dtypes = [grads[i].dtype for i in self.any_dtype]
 
     def gradients(
         self, groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper], state: Any, *, skippable: bool
     ) -> list[Tensor] | None:
         """The gradients to step with, in the order of the buckets, or None if the plan no longer fits."""
+        params = self.params
         if (
             _structure(groups, hypers, skippable) != self.structure
             or not all(_same(group["params"], known) for group, known in zip(groups, self.group_params, strict=True))
             or not _same(state.values(), self.all_states)
-            or not _same(chain.from_iterable(map(dict.values, self.states)), self.state_tensors)
+            or sum(map(len, self.states)) != len(self.state_tensors)
+            or not all(map(is_, chain.from_iterable(map(dict.values, self.states)), self.state_tensors))
             # Offloading code re-points every state at once: the first of each bucket tells.
             or list(map(Tensor.data_ptr, self.first_moments)) != self.first_moment_addresses
             or any(bucket.steps._version != bucket.steps_version for bucket in self.buckets)
-            or list(map(Tensor.data_ptr, self.params)) != self.param_addresses
-            or list(map(Tensor.is_contiguous, self.params)) != self.param_contiguous
+            or list(map(Tensor.data_ptr, params)) != self.param_addresses
+            or list(map(Tensor.numel, params)) != self.param_numels
+            or list(map(Tensor.stride, self.squares)) != self.square_strides
             or any(param.grad is not None for param in self.without_grad)
         ):
             return None
-        grads = list(map(_grad_of, self.params))
+        grads = list(map(_grad_of, params))
         try:
             addresses = list(map(Tensor.data_ptr, grads))
         except (TypeError, RuntimeError):  # no gradient any more, or one without memory of its own
@@ -241,8 +249,8 @@ class Plan:
         # An allocator hands out the same address for another layout, so that addresses alone do not tell.
         if (
             list(map(Tensor.is_contiguous, grads)) != self.grad_contiguous
-            or not all(map(is_, map(_dtype_of, grads), self.grad_dtypes))
-            or any(grads[i].stride() != stride for i, stride in self.grad_strides)
+            or (self.strided and [grads[i].stride() for i in self.strided] != self.grad_strides)
+            or (self.any_dtype and [grads[i].dtype for i in self.any_dtype] != self.grad_dtypes)
         ):
             return None
         if addresses != self.grad_addresses and not self._take_addresses(grads, addresses):
@@ -250,15 +258,12 @@ class Plan:
         return grads
 
     def _take_addresses(self, grads: list[Tensor], addresses: list[int]) -> bool:
-        for param, grad, new, old in zip(self.params, grads, addresses, self.grad_addresses, strict=True):
-            if new != old:
-                check_grad(param, grad)
-                if grad.is_neg():
-                    return False
+        """Use gradients that lie elsewhere; False if they are not like the ones before."""
+        if list(map(Tensor.numel, grads)) != self.param_numels or any(map(Tensor.is_neg, grads)):
+            return False
         slices = list(_slices(self.buckets))
-        for bucket, part in slices:
-            if bucket.key.aligned and reduce(or_, addresses[part]) % _ALIGNMENT:
-                return False
+        if any(bucket.key.aligned and reduce(or_, addresses[part]) % _ALIGNMENT for bucket, part in slices):
+            return False
         for bucket, part in slices:
             if addresses[part] != self.grad_addresses[part]:
                 bucket.set_grad_addresses(addresses[part])

@@ -253,6 +253,42 @@ def test_square_transposed_in_place(device, path):
         step([ours], [theirs], mine, reference)
 
 
+def test_parameter_shrunk_in_place(device, path):
+    """Same address, fewer elements: what no longer belongs to it must not be written, nor its gradient's end read."""
+    memory = torch.ones(3000, device=device)
+    ours, theirs = nn.Parameter(memory), nn.Parameter(memory.clone())
+    mine, reference = AdamW([ours], **OPTIONS), torch.optim.AdamW([theirs], foreach=False, **OPTIONS)
+    gradient = torch.randn(3000, device=device)
+    for n in (3000, 1000):
+        for p, optimizer in ((ours, mine), (theirs, reference)):
+            p.grad = None
+            p.data = p.data[:n]
+            for name, value in optimizer.state[p].items():
+                optimizer.state[p][name] = value[:n] if value.dim() else value
+            p.grad = gradient[:n]
+        known = memory.clone()
+        mine.step()
+        reference.step()
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
+        assert torch.equal(memory[n:], known[n:])
+
+
+def test_parameter_shrunk_in_place_with_its_state_left_behind(device, path):
+    memory = torch.ones(3000, device=device)
+    param = nn.Parameter(memory)
+    optimizer = AdamW([param])
+    gradient = torch.randn(3000, device=device)
+    param.grad = gradient
+    optimizer.step()
+    param.grad = None
+    param.data = param.data[:1000]
+    param.grad = gradient[:1000]
+    before = memory.clone()
+    with pytest.raises(RuntimeError, match=r"state 'exp_avg' \(\(3000,\).*does not match its parameter \(\(1000,\)"):
+        optimizer.step()
+    assert torch.equal(memory, before)
+
+
 def test_alternating_sets_of_gradients(device, path):
     """As with experts: which parameters have gradients changes with every step."""
     ours, theirs, mine, reference = make(device, 5)

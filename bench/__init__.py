@@ -1,0 +1,1 @@
+"""Measurements of adamw_triton: `python -m bench --help`."""

@@ -1,0 +1,473 @@
+"""What a launch compiles to, read from the disassembly; no GPU is needed.
+
+A `Variant` is compiled by making its launch through `adamw_triton.launch` with two things replaced: Triton's
+driver, by one that only names the target, and `kernel[grid](...)`, by `kernel.warmup(...)`, which stops after
+the compilation. So block size, warps and specialisation are those of a real launch.
+
+*Full-block path.* A kernel has an unmasked branch for full blocks and a masked one for the tail. Its
+instructions are followed from the entry, along every branch, to every exit; a call is stepped over. The
+full-block path stores exactly the bytes of a full block, elements of a thread × width for each tensor that is
+written, and none of its accesses to global memory is predicated. Of several such paths it is one with the fewest
+accesses (AMD masks by address, so the tail is no more predicated), and of these the longest.
+
+*Instructions* are all that one thread executes on that path: prologue and exit included, predicated or not.
+
+*Loads* on that path are of a tensor if the address depends on the index of the thread, and uniform if not: the
+table, the scalars, grad_scale, found_inf. On AMD the latter are scalar loads, which are not listed.
+
+Calls, barriers, shared memory and spills are counted in the whole kernel, its tail included.
+
+`python -m bench.machine_code` reads variants and writes results, as one line of JSON each.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from adamw_triton import launch
+from adamw_triton.scalars import Scalars
+
+# backend, architecture, threads of a warp
+TARGETS: dict[str, tuple[str, int | str, int]] = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+KERNELS = ("tensor", "table")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+MAX_PATHS = 10_000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation of one kernel."""
+
+    target: str
+    kernel: str
+    dtypes: tuple[str, str, str, str]  # param, grad, exp_avg, exp_avg_sq
+    amsgrad: bool = False
+    maximize: bool = False
+    amp: bool = False  # with grad_scale and found_inf
+    scalars_row: bool = False  # scalars in memory
+    aligned: bool = True  # all tensors to 16 bytes
+
+    def __str__(self) -> str:
+        flags = [flag for flag in ("amsgrad", "maximize", "amp", "scalars_row") if getattr(self, flag)]
+        return "-".join([self.target, self.kernel, *self.dtypes, *flags, *([] if self.aligned else ["unaligned"])])
+
+    @property
+    def read_widths(self) -> list[int]:
+        """Bytes per element of each tensor that a step reads."""
+        widths = [DTYPES[name].itemsize for name in self.dtypes]
+        return widths + widths[3:] if self.amsgrad else widths
+
+    @property
+    def written_widths(self) -> list[int]:
+        """Bytes per element of each tensor that a step writes: all but the gradient."""
+        return self.read_widths[:1] + self.read_widths[2:]
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """One compiled kernel, counted as the module's docstring says."""
+
+    threads: int
+    elements: int  # per thread
+    # on the full-block path
+    instructions: int
+    mufu: int  # special functions: reciprocal square roots
+    loads: list[int]  # bytes of each access to a tensor
+    stores: list[int]
+    uniform_loads: list[int]
+    # in the whole kernel
+    calls: int
+    barriers: int
+    shared_accesses: int
+    spills: int  # accesses to local memory; on AMD, spilled registers
+    registers: int
+    shared_bytes: int
+    local_bytes: int  # stack included
+
+    @property
+    def instructions_per_element(self) -> float:
+        return self.instructions / self.elements
+
+
+@dataclass(frozen=True)
+class Failure:
+    reason: str
+
+
+# Compilation
+
+
+class Compiled(NamedTuple):
+    kernel: Any  # triton.compiler.CompiledKernel
+    block_size: int
+
+
+class _Driver:
+    """As much of a Triton driver as a compilation needs."""
+
+    def __init__(self, target: str):
+        self.target = target
+
+    def get_current_device(self) -> str:
+        return self.target  # a key of the kernels' caches, no more
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(*TARGETS[self.target])
+
+
+class _Warmup:
+    """Stands in for a kernel: `kernel[grid](...)` compiles."""
+
+    def __init__(self, kernel: Any, compiled: list[Compiled]):
+        self.kernel, self.compiled = kernel, compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def warmup(*args: Any, **options: Any) -> None:
+            named = dict(zip(inspect.signature(self.kernel.fn).parameters, args, strict=False)) | options
+            self.compiled.append(Compiled(self.kernel.warmup(*args, grid=grid, **options), named["BLOCK_SIZE"]))
+
+        return warmup
+
+
+@contextmanager
+def compiling(target: str) -> Iterator[list[Compiled]]:
+    """Within it, `adamw_triton.launch` compiles for `target` and does not launch; yields what it compiled."""
+    from triton.runtime import driver
+
+    if launch.INTERPRETED:
+        raise RuntimeError("triton was imported with TRITON_INTERPRET set, so that there is nothing to compile")
+    compiled: list[Compiled] = []
+    try:
+        active = driver.active
+    except RuntimeError:  # no GPU
+        active = None
+    driver.set_active(_Driver(target))
+    try:
+        with (
+            mock.patch.object(launch, "adamw_kernel", _Warmup(launch.adamw_kernel, compiled)),
+            mock.patch.object(launch, "adamw_table_kernel", _Warmup(launch.adamw_table_kernel, compiled)),
+            mock.patch.object(launch, "NUM_WARPS", 128 // TARGETS[target][2]),  # launch has that of torch's build
+        ):
+            yield compiled
+    finally:
+        driver.set_active(active)
+
+
+def compile_variant(variant: Variant) -> Compiled:
+    param, grad, exp_avg, exp_avg_sq = (DTYPES[name] for name in variant.dtypes)
+    scalars = torch.zeros(7, dtype=torch.float64) if variant.scalars_row else Scalars(*[0.5] * 7)
+    one = torch.ones(()) if variant.amp else None
+
+    def tensor(dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(16, dtype=dtype)[0 if variant.aligned else 1 :]
+
+    with compiling(variant.target) as compiled:
+        if variant.kernel == "table":
+            table = launch.Table(
+                tensors=torch.zeros(1, 5 if variant.amsgrad else 4, dtype=torch.int64),
+                grads=torch.zeros(1, dtype=torch.int64),
+                chunks=torch.zeros(1, 2, dtype=torch.int32),
+                param_dtype=param,
+                grad_dtype=grad,
+                exp_avg_dtype=exp_avg,
+                exp_avg_sq_dtype=exp_avg_sq,
+                amsgrad=variant.amsgrad,
+                aligned=variant.aligned,
+            )
+            launch.launch_table(table, scalars, maximize=variant.maximize, grad_scale=one, found_inf=one)
+        else:
+            launch.launch_tensor(
+                tensor(param),
+                tensor(grad),
+                tensor(exp_avg),
+                tensor(exp_avg_sq),
+                tensor(exp_avg_sq) if variant.amsgrad else None,
+                scalars,
+                maximize=variant.maximize,
+                grad_scale=one,
+                found_inf=one,
+            )
+    return compiled[0]
+
+
+# Disassembly
+
+
+@dataclass(frozen=True)
+class Instruction:
+    op: str
+    operands: str = ""
+    predicated: bool = False
+    target: str | None = None  # label of a branch
+    falls_through: bool = True
+    exits: bool = False
+
+    @property
+    def is_load(self) -> bool:
+        return re.match(r"LDG?\b|(global|buffer|flat)_load_", self.op) is not None
+
+    @property
+    def is_store(self) -> bool:
+        return re.match(r"STG?\b|(global|buffer|flat)_store_", self.op) is not None
+
+    @property
+    def bytes(self) -> int:
+        """What one thread moves with this load or store: LDG.E.128, STG.E.U16, buffer_load_dwordx4."""
+        amd = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
+        nvidia = {".256": 32, ".128": 16, ".64": 8, "16": 2, "8": 1, "": 4}
+        return next(size for name, size in (amd if "_" in self.op else nvidia).items() if name in self.op)
+
+
+class Listing(NamedTuple):
+    instructions: list[Instruction]
+    labels: dict[str, int]  # index of the instruction behind each
+
+
+def parse_sass(text: str) -> Listing:
+    """Parse `nvdisasm -c` of one kernel."""
+    listing = Listing([], {})
+    for line in text.splitlines():
+        if label := re.match(r"([.$]\S+):", line):
+            listing.labels[label[1]] = len(listing.instructions)
+        elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
+            predicate, op, operands = code.groups()
+            predicated = predicate is not None and predicate.strip() != "@PT"
+            # BRA P1, `(.L_x_0) has a predicate of its own.
+            branch = re.fullmatch(r"(!?U?P\d+, )?`\((\S+)\)", operands) if op.startswith("BRA") else None
+            if op.startswith(("BRA", "BRX", "JMP", "JMX")) and branch is None:
+                raise ValueError(f"cannot tell where this goes: {line.strip()}")
+            unconditional = not predicated and not (branch and branch[1])
+            target = branch[2] if branch else None
+            leaves = op == "EXIT" or branch is not None
+            listing.instructions.append(
+                Instruction(op, operands, predicated, target, not (leaves and unconditional), op == "EXIT")
+            )
+    return listing
+
+
+def parse_amdgcn(text: str) -> Listing:
+    """Parse LLVM's assembly of one kernel for AMD GPUs."""
+    listing = Listing([], {})
+    for line in text.partition(".Lfunc_end0:")[0].splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            listing.labels[label[1]] = len(listing.instructions)
+        elif code := re.match(r"\s+([a-z]\w+)\s*([^;]*)", line):
+            op, operands = code[1], code[2].strip()
+            # exec holds the lanes that are active: in a full block there are some.
+            branches = op.startswith(("s_branch", "s_cbranch")) and op != "s_cbranch_execz"
+            falls_through = op not in ("s_branch", "s_cbranch_execnz", "s_endpgm")
+            target = operands if branches else None
+            listing.instructions.append(Instruction(op, operands, False, target, falls_through, op == "s_endpgm"))
+    return listing
+
+
+def paths(listing: Listing) -> Iterator[list[Instruction]]:
+    """Every way from the entry to an exit.
+
+    Raises:
+        ValueError: there is a loop, or more than MAX_PATHS ways.
+    """
+    count = 0
+    pending: list[tuple[int, list[int]]] = [(0, [])]
+    while pending:
+        index, path = pending.pop()
+        going = True
+        while going:
+            if path and index <= path[-1] and index in path:
+                raise ValueError(f"loop at {listing.instructions[index]}")
+            path.append(index)
+            instruction = listing.instructions[index]
+            if instruction.exits:
+                count += 1
+                yield [listing.instructions[i] for i in path]
+            if instruction.target is not None:
+                pending.append((listing.labels[instruction.target], path.copy()))
+            going = instruction.falls_through
+            index += 1
+        if count > MAX_PATHS:
+            raise ValueError(f"more than {MAX_PATHS} paths")
+
+
+def full_block_path(listing: Listing, stored_bytes: int) -> list[Instruction]:
+    """The instructions that a thread of a full block executes.
+
+    Args:
+        stored_bytes: what it stores.
+
+    Raises:
+        ValueError: no path stores that without predicates.
+    """
+
+    def accesses(path: list[Instruction]) -> list[Instruction]:
+        return [i for i in path if i.is_load or i.is_store]
+
+    candidates = [
+        path
+        for path in paths(listing)
+        if sum(i.bytes for i in path if i.is_store) == stored_bytes and not any(i.predicated for i in accesses(path))
+    ]
+    if not candidates:
+        raise ValueError(f"no path stores {stored_bytes} bytes a thread without predicates")
+    return min(candidates, key=lambda path: (len(accesses(path)), -len(path)))
+
+
+def split_accesses(path: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
+    """Accesses of a path to tensors, whose address depends on the index of the thread, and uniform loads."""
+    if any(i.op == "s_endpgm" for i in path):
+        return [i for i in path if i.is_load or i.is_store], []
+    tensor: list[Instruction] = []
+    uniform: list[Instruction] = []
+    dependent: set[int] = set()  # numbers of the registers made from SR_TID
+    for instruction in path:
+        op = instruction.op
+        written, _, read = instruction.operands.partition(",")
+        depends = "SR_TID" in read or any(int(n) in dependent for n in re.findall(r"\bR(\d+)", read))
+        if instruction.is_store:  # only tensors are written
+            tensor.append(instruction)
+            continue
+        if instruction.is_load:
+            (tensor if depends else uniform).append(instruction)
+        if register := re.match(r"R(\d+)", written):
+            count = 4 if ".128" in op else 2 if re.search(r"\.64|\.WIDE|^CS2R|^D[A-Z]", op) else 1
+            registers = range(int(register[1]), int(register[1]) + count)
+            # What a load brings is data, not the address of a thread.
+            change = dependent.update if depends and not instruction.is_load else dependent.difference_update
+            change(registers)
+    return tensor, uniform
+
+
+def analyse(listing: Listing, *, threads: int, elements: int, stored_bytes: int, **resources: int) -> MachineCode:
+    """Count in a listing.
+
+    Args:
+        stored_bytes: per thread of a full block.
+        resources: `registers`, `shared_bytes`, `local_bytes`, `spills`.
+    """
+    path = full_block_path(listing, stored_bytes)
+    tensor, uniform = split_accesses(path)
+
+    def count(instructions: list[Instruction], pattern: str) -> int:
+        return sum(re.match(pattern, i.op) is not None for i in instructions)
+
+    return MachineCode(
+        threads=threads,
+        elements=elements,
+        instructions=len(path),
+        mufu=count(path, r"MUFU|v_(rsq|rcp|sqrt|exp|log)_"),
+        loads=[i.bytes for i in tensor if i.is_load],
+        stores=[i.bytes for i in tensor if i.is_store],
+        uniform_loads=[i.bytes for i in uniform],
+        calls=count(listing.instructions, r"CALL|s_swappc|s_call"),
+        barriers=count(listing.instructions, r"BAR\b|s_barrier"),
+        shared_accesses=count(listing.instructions, r"LDS|STS|ATOMS|LDGSTS|ds_"),
+        **resources,
+    )
+
+
+def examine(variant: Variant) -> MachineCode:
+    """Compile and disassemble one variant, in this process."""
+    kernel, block_size = compile_variant(variant)
+    threads = kernel.metadata.num_warps * TARGETS[variant.target][2]
+    elements = block_size // threads
+    listing, resources = _amd(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _nvidia(kernel.asm["cubin"])
+    stored_bytes = elements * sum(variant.written_widths)
+    return analyse(listing, threads=threads, elements=elements, stored_bytes=stored_bytes, **resources)
+
+
+def _nvidia(cubin: bytes) -> tuple[Listing, dict[str, int]]:
+    import triton
+
+    def run(tool: str, *options: str) -> str:
+        program = Path(triton.__file__).parent / "backends/nvidia/bin" / tool  # part of Triton's wheels
+        return subprocess.run([program, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = parse_sass(run("nvdisasm", "-c", "-ndf"))
+        usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", run("cuobjdump", "-res-usage")))
+    return listing, {
+        "registers": int(usage["REG"]),
+        "shared_bytes": int(usage["SHARED"]),
+        "local_bytes": int(usage["LOCAL"]) + int(usage["STACK"]),
+        "spills": sum(i.op.startswith(("LDL", "STL")) for i in listing.instructions),
+    }
+
+
+def _amd(assembly: str) -> tuple[Listing, dict[str, int]]:
+    usage = {name: int(value) for name, value in re.findall(r"^ +\.(\w+): +(\d+)$", assembly, re.MULTILINE)}
+    return parse_amdgcn(assembly), {
+        "registers": usage["vgpr_count"],
+        "shared_bytes": usage["group_segment_fixed_size"],
+        "local_bytes": usage["private_segment_fixed_size"],
+        "spills": usage["vgpr_spill_count"] + usage["sgpr_spill_count"],
+    }
+
+
+# Many at once
+
+
+def examine_all(variants: Sequence[Variant]) -> list[MachineCode | Failure]:
+    """Examine in one new process for each CPU, where kernels compile even if this one interprets them."""
+    processes = os.cpu_count() or 1
+    with ThreadPoolExecutor(processes) as pool:
+        shares = pool.map(_examine_share, (variants[i::processes] for i in range(processes)))
+        results = [iter(share) for share in shares]
+    return [next(results[i % processes]) for i in range(len(variants))]
+
+
+def _examine_share(variants: Sequence[Variant]) -> list[MachineCode | Failure]:
+    process = subprocess.run(
+        [sys.executable, "-m", "bench.machine_code"],
+        input="".join(json.dumps(asdict(variant)) + "\n" for variant in variants),
+        cwd=Path(__file__).parents[1],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    lines = process.stdout.splitlines()
+    if process.returncode or len(lines) != len(variants):
+        raise RuntimeError(f"the process ended after {len(lines)} of {len(variants)} variants: {process.stderr}")
+    results = map(json.loads, lines)
+    return [Failure(**fields) if "reason" in fields else MachineCode(**fields) for fields in results]
+
+
+def main() -> None:
+    for line in sys.stdin:
+        fields = json.loads(line)
+        result: MachineCode | Failure
+        try:
+            result = examine(Variant(**fields | {"dtypes": tuple(fields["dtypes"])}))
+        except Exception:
+            result = Failure(traceback.format_exc(limit=0))
+        print(json.dumps(asdict(result)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

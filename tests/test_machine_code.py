@@ -1,0 +1,390 @@
+"""The kernels' machine code for GPUs that need not be here: access widths, spills, instructions, recompiles."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.machine_code import (
+    KERNELS,
+    TARGETS,
+    Failure,
+    MachineCode,
+    Variant,
+    analyse,
+    examine_all,
+    parse_amdgcn,
+    parse_sass,
+    paths,
+)
+
+TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
+
+# Instructions per element that an H200 has time for while it moves 12 bytes, the least that is planned.
+LIMIT = 75
+# Per element on each of TARGETS, measured: the kernel for one tensor, by the worse of Triton 3.7.1 and 3.9.0.
+INSTRUCTIONS = {
+    "fp32": (31.8, 33.4, 27.5, 30.4),
+    "bf16": (38.4, 40.0, 32.2, 52.2),
+    "fp16": (36.4, 38.0, 30.2, 37.5),
+    "bf16 p, g": (38.5, 40.0, 34.8, 45.8),
+    "bf16 g": (36.8, 38.5, 33.3, 37.3),
+    "bf16 m, v": (39.0, 40.5, 33.3, 49.0),
+    "amsgrad": (33.5, 34.5, 30.4, 37.3),
+    "maximize": (31.8, 33.4, 27.5, 30.8),
+    "amp": (34.9, 36.4, 29.9, 33.9),
+    "scalars row": (33.7, 34.2, 29.2, 31.4),
+    "unaligned": (37.5, 38.9, 31.3, 43.8),
+}
+SLACK = 2
+# What a thread of the table kernel executes more, for its 7 or 8 loads.
+TABLE = {"sm_80": 17, "sm_90": 17, "sm_100": 17, "gfx942": 30}
+# Per element of the table kernel on sm_90, by number of fp16 tensors; of 1 to 3 a thread has half the elements.
+MIXES = {1: 42.3, 2: 43.3, 3: 45.3, 4: 39.9}
+BF16 = 0.5  # more for each tensor that is bf16
+
+FP32 = ("fp32",) * 4
+POLICIES = {
+    "fp32": {"dtypes": FP32},
+    "bf16": {"dtypes": ("bf16",) * 4},
+    "fp16": {"dtypes": ("fp16",) * 4},
+    "fp64": {"dtypes": ("fp64",) * 4},
+    "bf16 p, g": {"dtypes": ("bf16", "bf16", "fp32", "fp32")},
+    "bf16 g": {"dtypes": ("fp32", "bf16", "fp32", "fp32")},
+    "bf16 m, v": {"dtypes": ("fp32", "fp32", "bf16", "bf16")},
+    "amsgrad": {"dtypes": FP32, "amsgrad": True},
+    "maximize": {"dtypes": FP32, "maximize": True},
+    "amp": {"dtypes": FP32, "amp": True},
+    "scalars row": {"dtypes": FP32, "scalars_row": True},
+    "unaligned": {"dtypes": FP32, "aligned": False},
+}
+NAMES = {Variant(t, k, **POLICIES[name]): name for name in POLICIES for k in KERNELS for t in TARGETS}
+MIXED = [Variant("sm_90", "table", dtypes) for dtypes in itertools.product(("fp32", "bf16", "fp16"), repeat=4)]
+VARIANTS = list(dict.fromkeys([*NAMES, *MIXED]))
+
+# Why a compiler can refuse a target without a fault of the kernels.
+CANNOT_COMPILE = ("is not defined for option 'gpu-name'", "ROCm linker", "'nvdisasm'")
+
+
+@pytest.fixture(scope="module")
+def results():
+    return dict(zip(VARIANTS, examine_all(VARIANTS), strict=True))
+
+
+@pytest.fixture
+def machine_code(results):
+    def get(variant: Variant) -> MachineCode:
+        result = results[variant]
+        if isinstance(result, Failure):
+            for line in result.reason.splitlines():
+                if any(reason in line for reason in CANNOT_COMPILE):
+                    pytest.skip(f"{variant.target}: {line}")
+            pytest.fail(f"{variant}: {result.reason}", pytrace=False)
+        return result
+
+    return get
+
+
+# What holds for each compiled kernel
+
+
+def assert_nothing_but_global_memory(code, calls_allowed=False):
+    assert code.spills == code.local_bytes == 0
+    assert code.shared_accesses == code.shared_bytes == code.barriers == 0
+    assert code.calls == 0 or calls_allowed
+
+
+def assert_each_byte_once(variant, code):
+    assert sum(code.loads) == code.elements * sum(variant.read_widths)
+    assert sum(code.stores) == code.elements * sum(variant.written_widths)
+
+
+def assert_wide(variant, code):
+    """128 bits for the widest tensors, and for narrower ones what the same elements take: 64."""
+    widest = max(variant.read_widths)
+
+    def expected(widths):
+        counts = Counter()
+        for width in widths:
+            counts[16 * width // widest] += code.elements * widest // 16
+        return counts
+
+    assert Counter(code.loads) == expected(variant.read_widths)
+    assert Counter(code.stores) == expected(variant.written_widths)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_no_spill_call_barrier_or_shared_memory(variant, machine_code):
+    # ptxas makes subroutines of the slow paths of float64's square root and division, which IEEE 754 wants.
+    is_double = "fp64" in variant.dtypes
+    assert_nothing_but_global_memory(machine_code(variant), calls_allowed=is_double)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_registers_leave_room_for_1024_threads_per_multiprocessor(variant, machine_code):
+    # As launch.block_size counts on.
+    assert machine_code(variant).registers <= 64
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_full_blocks_move_each_byte_once_in_wide_accesses(variant, machine_code):
+    code = machine_code(variant)
+    assert_each_byte_once(variant, code)
+    if variant.aligned:
+        assert_wide(variant, code)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if "fp64" not in v.dtypes], ids=str)
+def test_instructions_per_element(variant, machine_code):
+    code = machine_code(variant)
+    bound = LIMIT
+    if TRITON_VERSION >= (3, 7):
+        if variant in NAMES:
+            bound = INSTRUCTIONS[NAMES[variant]][list(TARGETS).index(variant.target)] + SLACK
+            bound += TABLE[variant.target] / code.elements if variant.kernel == "table" else 0
+        else:
+            counts = Counter(variant.dtypes)
+            bound = MIXES[counts["fp16"] + counts["bf16"]] + BF16 * counts["bf16"] + SLACK
+    assert code.instructions_per_element <= bound
+    # One reciprocal square root for the square root, one for the division; one reciprocal of grad_scale.
+    assert code.mufu == 2 * code.elements + variant.amp
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_absent_features_leave_no_trace(target, kernel, machine_code):
+    plain = Variant(target, kernel, FP32)
+    # chunk; n_elements and 4 addresses
+    table = [4] * 2 + [8] * 5 if kernel == "table" else []
+    assert sorted(machine_code(plain).uniform_loads) == table
+    assert sorted(machine_code(replace(plain, amp=True)).uniform_loads) == sorted([4, 4, *table])
+    assert sorted(machine_code(replace(plain, scalars_row=True)).uniform_loads) == sorted([*table, *[8] * 7])
+    for feature in ("amp", "scalars_row", "amsgrad"):
+        more = machine_code(replace(plain, **{feature: True}))
+        assert more.instructions > machine_code(plain).instructions
+
+
+# Recompiles
+
+
+# Run where kernels are not interpreted. Compiled kernels are distinct objects if their specialisations differ.
+LAUNCHES = """
+import json
+from unittest import mock
+
+import torch
+
+from adamw_triton import adamw_, launch
+from adamw_triton.scalars import Scalars
+from bench.machine_code import compiling
+
+VALUES = (0.0, 1.0, -1.0, 16.0, 0.1, 1e-45, float("inf"))
+HYPER = ((1e-3, (0.9, 0.999), 1e-8, 0.01), (1, (0, 0), 1, 1), (0, (0.5, 0.0), 0, 16))
+
+def tensor(scalars, size=3, offset=0):
+    tensors = [torch.zeros(64)[offset : offset + 1].expand(size) for _ in range(4)]
+    launch.launch_tensor(*tensors, None, scalars, maximize=False)
+
+def table(scalars, size=3):
+    long = {"dtype": torch.int64}
+    tables = torch.zeros(size, 4, **long), torch.zeros(size, **long), torch.zeros(size, 2, dtype=torch.int32)
+    launch.launch_table(launch.Table(*tables, *[torch.float32] * 4, False, True), scalars, maximize=False)
+
+scalars = Scalars(*[0.5] * 7)
+with compiling("sm_90") as aligned:
+    for value in VALUES:
+        tensor(Scalars(*[value] * 7))
+    for size in (1, 15, 16, 17, 1024, 2**31 - 1, 2**31 + 5):
+        tensor(scalars, size)
+    for offset in (4, 8, 16):
+        tensor(scalars, offset=offset)
+    with mock.patch.object(launch, "has_kernels", lambda device: True):
+        for step in (1, 2, 16, 1000):
+            for lr, betas, eps, decay in HYPER:
+                adamw_(*[torch.zeros(3) for _ in range(4)], step=step, lr=lr, betas=betas, eps=eps, weight_decay=decay)
+with compiling("sm_90") as unaligned:
+    for offset in (1, 2, 3, 5):
+        tensor(scalars, offset=offset)
+with compiling("sm_90") as tables:
+    for value in VALUES:
+        table(Scalars(*[value] * 7))
+    for size in (1, 2, 16, 17):
+        table(scalars, size)
+for compiled in (aligned, unaligned, tables):
+    kernel = compiled[0].kernel
+    print(json.dumps([len(compiled), len({id(kernel) for kernel, _ in compiled}), dict(kernel.src.signature)]))
+"""
+
+
+@pytest.fixture(scope="module")
+def launches():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.run(
+        [sys.executable, "-c", LAUNCHES],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines()]
+
+
+def test_no_hyper_parameter_step_size_or_address_recompiles(launches):
+    # All but whether tensors are aligned to 16 bytes.
+    assert [(count, kernels) for count, kernels, _ in launches] == [(29, 1), (4, 1), (11, 1)]
+
+
+def test_scalars_are_fp32_and_sizes_int64(launches):
+    scalars = ("decay", "lerp_weight", "beta2", "one_minus_beta2", "neg_step_size", "inv_bias_correction2_sqrt", "eps")
+    for _, _, types in launches:
+        assert {types[name] for name in scalars} == {"fp32"}
+        assert {types[name] for name in ("grad_scale_ptr", "found_inf_ptr", "scalars_ptr")} == {"constexpr"}
+    assert launches[0][2]["n_elements"] == launches[1][2]["n_elements"] == "i64"
+
+
+# The parser, on listings small enough to read
+
+
+def sass(*lines):
+    """A listing as nvdisasm prints it, of instructions and labels."""
+    return "\n".join(line if line.endswith(":") else f"        /*{i:04x}*/   {line} ;" for i, line in enumerate(lines))
+
+
+PROLOGUE = ("LDG.E.64 R2, desc[UR4][R8.64]", "S2R R0, SR_TID.X", "IMAD.WIDE R4, R0, 0x10, R2")
+FULL = ("LDG.E.128 R8, desc[UR4][R4.64]", "MUFU.RSQ R8, R8", "STG.E.128 desc[UR4][R4.64], R8", "EXIT")
+TAIL = (
+    *(f"@!P{i} LDG.E R{8 + i}, desc[UR4][R4.64+{4 * i:#x}]" for i in range(4)),
+    *(f"@!P{i} STG.E desc[UR4][R4.64+{4 * i:#x}], R{8 + i}" for i in range(3)),
+    "@P3 EXIT",
+    "STG.E desc[UR4][R4.64+0xc], R11",
+    "EXIT",
+)
+END = (".L_x_1:", "BRA `(.L_x_1)")
+TAIL_LAST = sass(*PROLOGUE, "@!P0 BRA `(.L_x_0)", *FULL, ".L_x_0:", *TAIL, *END)
+TAIL_FIRST = sass(*PROLOGUE, "@P0 BRA `(.L_x_0)", *TAIL, ".L_x_0:", *FULL, *END)
+NONE = {"registers": 32, "shared_bytes": 0, "local_bytes": 0, "spills": 0}
+
+
+def analyse_sass(text):
+    return analyse(parse_sass(text), threads=128, elements=4, stored_bytes=16, **NONE)
+
+
+@pytest.mark.parametrize("text", [TAIL_LAST, TAIL_FIRST], ids=["tail last", "tail first"])
+def test_finds_the_full_block_path(text):
+    code = analyse_sass(text)
+    assert (code.loads, code.stores, code.uniform_loads) == ([16], [16], [8])
+    assert code.instructions == len(PROLOGUE) + 1 + len(FULL)
+    assert code.instructions_per_element == 2
+    assert code.mufu == 1
+    assert_nothing_but_global_memory(code)
+
+
+def test_finds_the_full_block_path_behind_an_early_exit():
+    early = ("LDG.E R6, desc[UR4][R6.64]", "@P0 EXIT", "BSSY B0, `(.L_x_9)", ".L_x_9:")
+    code = analyse_sass(sass(*early) + "\n" + TAIL_LAST)
+    assert code.uniform_loads == [4, 8]
+    assert code.instructions == 3 + len(PROLOGUE) + 1 + len(FULL)
+
+
+def test_finds_the_full_block_path_beside_a_tail_of_branches():
+    tail = [
+        (f"@P{i} BRA `(.L_y_{i})", f"LDG.E R8, [R4.64+{4 * i}]", f"STG.E [R4.64+{4 * i}], R8", f".L_y_{i}:")
+        for i in range(4)
+    ]
+    text = sass(*PROLOGUE, "@!P0 BRA P1, `(.L_x_0)", *FULL, ".L_x_0:", *itertools.chain(*tail), "EXIT")
+    assert len(list(paths(parse_sass(text)))) == 1 + 2**4
+    assert analyse_sass(text).loads == [16]
+
+
+def test_refuses_predicated_accesses_and_loops():
+    predicated = TAIL_LAST.replace("LDG.E.128", "@P1 LDG.E.128")
+    with pytest.raises(ValueError, match="no path stores 16 bytes"):
+        analyse_sass(predicated)
+    with pytest.raises(ValueError, match="loop"):
+        analyse_sass(sass(".L_x_0:", "IADD3 R0, R0, 0x1, RZ", "@P0 BRA `(.L_x_0)", "EXIT"))
+    with pytest.raises(ValueError, match="cannot tell"):
+        parse_sass(sass("BRX R4 -0x10"))
+
+
+def test_sees_narrow_accesses():
+    variant = Variant("sm_90", "tensor", FP32)
+    quarters = [f"LDG.E R{8 + i}, desc[UR4][R4.64+{4 * i:#x}]" for i in range(4)]
+    code = analyse_sass(sass(*PROLOGUE, *quarters, *FULL[1:]))
+    assert code.loads == [4] * 4
+    four_tensors = replace(code, loads=code.loads * 4, stores=code.stores * 3)
+    assert_each_byte_once(variant, four_tensors)
+    with pytest.raises(AssertionError):
+        assert_wide(variant, four_tensors)
+    assert_wide(variant, replace(four_tensors, loads=[16] * 4))
+    with pytest.raises(AssertionError):
+        assert_each_byte_once(variant, code)
+
+
+def test_sees_half_width_beside_full_width():
+    variant = Variant("sm_90", "tensor", ("bf16", "bf16", "fp32", "fp32"))
+    code = replace(analyse_sass(TAIL_LAST), loads=[8, 8, 16, 16], stores=[8, 16, 16])
+    assert_wide(variant, code)
+    with pytest.raises(AssertionError):
+        assert_wide(variant, replace(code, loads=[8, 4, 4, 16, 16]))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "CALL.REL.NOINC `($__internal_0_$__cuda_sm20_div_rn_f64_full)",
+        "BAR.SYNC.DEFER_BLOCKING 0x0",
+        "STS.128 [R12], R8",
+        "LDS.U16 R8, [R12]",
+    ],
+)
+def test_sees_calls_barriers_and_shared_memory(line):
+    code = analyse_sass(TAIL_LAST.replace("MUFU.RSQ R8, R8", line))
+    with pytest.raises(AssertionError):
+        assert_nothing_but_global_memory(code)
+
+
+def test_sees_spills():
+    with pytest.raises(AssertionError):
+        assert_nothing_but_global_memory(replace(analyse_sass(TAIL_LAST), spills=1))
+    with pytest.raises(AssertionError):
+        assert_nothing_but_global_memory(replace(analyse_sass(TAIL_LAST), local_bytes=8))
+
+
+def test_finds_the_full_block_path_on_amd():
+    # From the tail a branch leads into the full block's code that is never taken; a masked lane is out of range.
+    code = analyse(
+        parse_amdgcn("""
+kernel:
+	s_load_dwordx2 s[0:1], s[2:3], 0x0 ; uniform
+	s_cbranch_vccz .LBB0_3
+	buffer_load_dword v2, v0, s[4:7], 0 offen
+	buffer_load_dword v3, v1, s[4:7], 0 offen
+	buffer_store_dword v2, v0, s[4:7], 0 offen
+	buffer_store_dword v3, v1, s[4:7], 0 offen
+	s_cbranch_scc1 .LBB0_5
+.LBB0_3:                                ; %Flow
+	.loc	1 88 12
+	buffer_load_dwordx2 v[2:3], v0, s[4:7], 0 offen
+	s_cbranch_execz .LBB0_5
+	v_rsq_f32_e32 v2, v2
+	buffer_store_dwordx2 v[2:3], v0, s[4:7], 0 offen
+.LBB0_5:
+	s_endpgm
+.Lfunc_end0:
+	s_barrier
+"""),
+        threads=128,
+        elements=2,
+        stored_bytes=8,
+        **NONE,
+    )
+    assert (code.loads, code.stores, code.uniform_loads, code.mufu) == ([8], [8], [], 1)
+    assert code.instructions == 7
+    assert_nothing_but_global_memory(code)
