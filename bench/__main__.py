@@ -1,0 +1,33 @@
+"""`python -m bench [command] [options]`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+# Each is a module of this package with a `main(argv)` that returns the exit status.
+COMMANDS = {
+    "train": "train a small GPT with torch's AdamW and with ours, and compare (the default)",
+}
+
+
+def main(argv: list[str]) -> int:
+    if argv[:1] in (["-h"], ["--help"]):
+        print("commands (each has --help; train needs no name):")
+        print("".join(f"  {name:<12}{purpose}\n" for name, purpose in COMMANDS.items()))
+    command, argv = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("train", argv)
+    if command not in COMMANDS:
+        print(f"python -m bench: error: unknown command {command!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(f"bench.{command}")
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "rich"):
+            raise
+        print(f"python -m bench: error: {error.name} is missing; pip install 'adamw-triton[bench]'", file=sys.stderr)
+        return 2
+    return module.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

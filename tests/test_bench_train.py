@@ -1,0 +1,113 @@
+"""The main job: runs end to end, refuses bad options in one line, and finds out a wrong optimizer."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from adamw_triton import AdamW
+from bench import train
+from bench.data import batches, corpus
+from bench.gpt import GPT, Sizes
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch", "4", "--lr", "0.01"]
+
+
+def run(*argv):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench", *argv]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("name", [[], ["train"]], ids=["no command", "train"])
+def test_end_to_end(name, tmp_path):
+    result = run(*name, *TINY, "--steps", "6", "--control", "--output", str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    assert "agree" in result.stdout and "torch.optim.AdamW fused=True" in result.stdout
+    report = json.loads((tmp_path / "train.json").read_text())
+    losses = [run["losses"] for run in report["runs"]]
+    assert [len(x) for x in losses] == [6] * 3
+    assert report["agree"] and losses[0][0] == losses[1][0] != losses[0][5]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    # param, 2 moments: fp32; one fp32 step count for each tensor
+    state = 2 * 4 * report["model"]["parameters"]
+    assert state < report["runs"][1]["state_bytes"] < state + 1000
+
+
+class NoDecay(AdamW):
+    def __init__(self, params, **options):
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            group["weight_decay"] = 0.0
+
+
+class LateEps(AdamW):
+    def __init__(self, params, **options):
+        super().__init__(params, **{**options, "eps": 1e-4})
+
+
+class OtherBeta(AdamW):
+    def __init__(self, params, **options):
+        super().__init__(params, **{**options, "betas": (0.9, 0.96)})
+
+
+@pytest.mark.parametrize("wrong", [NoDecay, LateEps, OtherBeta], ids=lambda cls: cls.__name__)
+def test_a_wrong_optimizer_is_found_out(wrong, tmp_path, capsys):
+    argv = [*TINY, "--steps", "40", "--weight-decay", "0.5", "--output", str(tmp_path)]
+    assert train.main(argv, ours=wrong) == 1
+    assert "DIVERGE" in capsys.readouterr().out
+
+
+def test_kernels_agree_within_their_tolerance(tmp_path, path):
+    """In this process: under the interpreter where there is no GPU."""
+    assert train.main([*TINY, "--steps", "12", "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert ("reference" in report["conditions"]["path"]) == (path == "reference")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--steps", "0"], "argument --steps: got '0'; allowed: a positive integer"),
+        (["--heads", "3"], "got --width 256 --heads 3; allowed: a width divisible by the heads"),
+        (["--lr", "fast"], "got 'fast'; allowed: a finite number that is not negative"),
+        (["--device", "tpu"], "got 'tpu'; allowed here: auto, cpu"),
+        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--colour", "red"], "unknown option '--colour'"),
+        (["nonsense"], "unknown command 'nonsense'; allowed: "),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_bad_options_give_one_line_and_status_2(argv, message):
+    result = run(*argv)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1 and result.stdout == ""
+
+
+def test_help_lists_the_commands():
+    result = run("--help")
+    assert result.returncode == 0
+    assert "commands" in result.stdout and "--weight-decay" in result.stdout
+
+
+def test_data_is_real_and_the_same_every_time():
+    training, validation = corpus()
+    assert b"def " in bytes(training[:100_000].tolist()) and len(training) > 1_000_000 < 10 * len(validation)
+    first, second = (list(batches(training, batch=3, context=8, count=2, seed=7)) for _ in range(2))
+    for (x, y), (again, _) in zip(first, second, strict=True):
+        assert torch.equal(x, again) and torch.equal(x[:, 1:], y[:, :-1]) and x.shape == (3, 8)
+    other = next(batches(training, batch=3, context=8, count=1, seed=8))
+    assert not torch.equal(other[0], first[0][0])
+
+
+@pytest.mark.parametrize("sizes", [Sizes(1, 2, 16, 8), Sizes(3, 4, 256, 64)], ids=str)
+def test_parameter_count(sizes):
+    model = GPT(sizes)
+    assert sum(p.numel() for p in model.parameters()) == sizes.parameters()
+    logits = model(torch.zeros(2, sizes.context, dtype=torch.long))
+    assert logits.shape == (2, sizes.context, 256)
