@@ -1,0 +1,147 @@
+"""Time of `step()` on the host, for 10 to 10,000 tensors."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from adamw_triton import AdamW, launch
+
+from . import common, records
+from .records import Record
+
+COUNTS = (10, 161, 291, 1000, 10_000)  # 161: ResNet-50, 291: Llama-3-8B
+ELEMENTS = 4  # of each tensor: the CPU's own arithmetic must not count, in torch's optimizers either
+GROWTH = (161, 1000)  # tensors between which the time of one more is taken
+DESCRIPTION = """\
+Time of step() on the host. On a GPU launches are real, and the queue is drained outside of what is timed; without
+one, the launch is replaced by nothing at the one place that calls kernels, while torch's optimizers on the CPU do
+their (tiny) arithmetic. Tensors have 4 elements. "bare scan" reads the addresses of gradients and parameters, the
+least that any step has to. Providers take turns, each with one step before the one that counts; median and 20th and
+80th percentile."""
+
+Step = Callable[[], Any]
+
+
+def providers(count: int, device: torch.device) -> dict[str, Step]:
+    """A step of each optimizer on tensors of its own, which have gradients."""
+
+    def params() -> list[nn.Parameter]:
+        made = [nn.Parameter(torch.zeros(ELEMENTS, device=device)) for _ in range(count)]
+        for param in made:
+            param.grad = torch.zeros_like(param)
+        return made
+
+    ours, moving, scanned = AdamW(params()), AdamW(params()), params()
+    spare = [[torch.zeros_like(p) for p in moving.param_groups[0]["params"]] for _ in range(2)]
+
+    def step_with_moving_gradients() -> None:
+        # Not zero_grad(set_to_none=True) and backward, whose time would count: an assignment does the same.
+        spare.reverse()
+        for param, grad in zip(moving.param_groups[0]["params"], spare[0], strict=True):
+            param.grad = grad
+        moving.step()
+
+    return {
+        "bare scan": lambda: [(p.grad.data_ptr(), p.data_ptr()) for p in scanned if p.grad is not None],
+        "adamw_triton": ours.step,
+        "adamw_triton, gradients move": step_with_moving_gradients,
+        "torch fused": torch.optim.AdamW(params(), fused=True).step,
+        "torch foreach": torch.optim.AdamW(params(), foreach=True).step,
+        "torch for-loop": torch.optim.AdamW(params(), foreach=False).step,
+    }
+
+
+@contextmanager
+def launches(device: torch.device) -> Iterator[None]:
+    """On a GPU, nothing; elsewhere the step believes in kernels whose launch does nothing."""
+    with ExitStack() as stack:
+        if device.type != "cuda":
+            for name in ("launch_tensor", "launch_table"):
+                stack.enter_context(mock.patch.object(launch, name, lambda *args, **options: None))
+            stack.enter_context(mock.patch.object(launch, "has_kernels", lambda device: True))
+        yield
+
+
+def sample(steps: dict[str, Step], device: torch.device, seconds: float) -> dict[str, list[float]]:
+    """Microseconds of each step, taking turns until the time is used; at least three samples after a warm-up."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(samples[next(iter(steps))]) < 3:
+        for name, step in steps.items():
+            step()  # whose turn it is finds its own data in the caches, not the last one's
+            common.synchronize(device)
+            start = time.perf_counter_ns()
+            step()
+            samples[name].append((time.perf_counter_ns() - start) / 1e3)
+    return samples
+
+
+def measure(options: Namespace) -> list[Record]:
+    """One record for each number of tensors and provider, and the growth per tensor of each provider."""
+    found: list[Record] = []
+    medians: dict[tuple[str, int], float] = {}
+    for count in options.tensors:
+        with launches(options.device):
+            samples = sample(providers(count, options.device), options.device, options.seconds)
+        times = {name: records.spread(values) for name, values in samples.items()}
+        for name, spread in times.items():
+            medians[name, count] = spread["median"]
+            ratio = times["torch fused"]["median"] / spread["median"]
+            found.append(
+                {
+                    "command": "host",
+                    "case": f"{count} tensors",
+                    "provider": name,
+                    "tensors": count,
+                    "host_us": spread,
+                    "host_us_per_tensor": spread["median"] / count,
+                    "times_torch_fused": ratio,
+                }
+            )
+    few, many = GROWTH
+    for name in dict.fromkeys(name for name, _ in medians):
+        if (name, few) in medians and (name, many) in medians:
+            growth = (medians[name, many] - medians[name, few]) / (many - few)
+            found.append(
+                {
+                    "command": "host",
+                    "case": f"growth, {few} to {many}",
+                    "provider": name,
+                    "host_us_per_tensor": growth,
+                }
+            )
+    return found
+
+
+def add_options(parser: common.Parser) -> None:
+    add = parser.add_argument
+    add("--tensors", type=common.positive_int, nargs="+", default=list(COUNTS), help="numbers of tensors")
+    add("--seconds", type=common.non_negative_float, default=3.0, help="for each number of tensors, at least 3 samples")
+    add("--device", type=common.device, default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+
+
+COLUMNS = {"host_us": "step(), µs", "host_us_per_tensor": "µs per tensor", "times_torch_fused": "torch fused / this"}
+
+
+def main(argv: list[str]) -> int:
+    parser = common.Parser("host", DESCRIPTION)
+    add_options(parser)
+    parser.add_argument("--json", type=Path, help="file for the records")
+    options = parser.parse(argv)
+    found = measure(options)
+    Console().print(records.table(f"Host time of step() on {common.device_name(options.device)}", found, COLUMNS))
+    if options.json:
+        records.write(options.json, "host", argv, options.device, found)
+    return 0

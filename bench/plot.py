@@ -1,0 +1,148 @@
+"""PNGs from a result's JSON alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from . import common, records
+from .records import Record
+
+DESCRIPTION = """\
+Draw what a result (python -m bench suite, or --json of another command) holds: GB/s against the roofs, wall time per
+model, host time against the number of tensors, bytes per parameter. Nothing is measured again; a plot for which
+the result has no records is named and left out."""
+OURS = ("#c1272d", "#e8866f", "#f4b9a7")
+OTHERS = ("#0000a7", "#008176", "#eecc16", "#8a8a8a", "#6a3d9a", "#b15928", "#1f9ed1")
+
+
+def colours(providers: list[str]) -> dict[str, str]:
+    """Reds for ours, whatever their variant, and other colours for the others, in their order."""
+    ours = [name for name in providers if name.startswith("adamw_triton")]
+    others = [name for name in providers if not name.startswith("adamw_triton")]
+    return {name: OURS[i % len(OURS)] for i, name in enumerate(ours)} | {
+        name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)
+    }
+
+
+def order(names: Any) -> list[str]:
+    """As they come, ours first."""
+    return sorted(dict.fromkeys(names), key=lambda name: not name.startswith("adamw_triton"))
+
+
+def grouped_bars(axes: Axes, found: list[Record], quantity: str) -> None:
+    """One group of bars for each case, one bar for each provider, with p20 to p80 where there is a spread."""
+    cases = list(dict.fromkeys(record["case"] for record in found))
+    providers = order(record["provider"] for record in found)
+    width = 0.8 / len(providers)
+    for i, provider in enumerate(providers):
+        bars = [r for r in found if r["provider"] == provider]
+        at = [cases.index(r["case"]) + (i - (len(providers) - 1) / 2) * width for r in bars]
+        values = [records.middle(r[quantity]) for r in bars]
+        axes.bar(at, values, width, label=provider, color=colours(providers)[provider])
+        for x, record in zip(at, bars, strict=True):
+            if isinstance(record[quantity], dict):
+                axes.plot([x, x], [record[quantity]["p20"], record[quantity]["p80"]], color="black", linewidth=1)
+    axes.set_xticks(range(len(cases)), cases, rotation=20, ha="right")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def draw_throughput(axes: Axes, found: list[Record]) -> bool:
+    found = [r for r in found if r["command"] == "throughput" and "gb_per_s" in r]
+    if not found:
+        return False
+    largest = max(r["elements"] for r in found)
+    grouped_bars(axes, [{**r, "case": r["policy"]} for r in found if r["elements"] == largest], "gb_per_s")
+    axes.set_ylabel("GB/s")
+    axes.set_title(f"Throughput, {largest:,} elements")
+    return True
+
+
+def draw_models(axes: Axes, found: list[Record]) -> bool:
+    found = [r for r in found if r["command"] == "models" and "wall_ms" in r]
+    if not found:
+        return False
+    grouped_bars(axes, found, "wall_ms")
+    axes.set_yscale("log")
+    axes.set_ylabel("ms per step")
+    axes.set_title("Wall time of a step")
+    return True
+
+
+def draw_host(axes: Axes, found: list[Record]) -> bool:
+    found = [r for r in found if r["command"] == "host" and "tensors" in r and "host_us" in r]
+    if not found:
+        return False
+    providers = order(r["provider"] for r in found)
+    for provider in providers:
+        points = [(r["tensors"], r["host_us"]) for r in found if r["provider"] == provider]
+        tensors = [n for n, _ in points]
+        line = colours(providers)[provider]
+        axes.plot(tensors, [s["median"] for _, s in points], marker="o", label=provider, color=line)
+        axes.fill_between(tensors, [s["p20"] for _, s in points], [s["p80"] for _, s in points], color=line, alpha=0.15)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("tensors")
+    axes.set_ylabel("µs per step()")
+    axes.set_title("Host time of step()")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    return True
+
+
+def draw_bytes(axes: Axes, found: list[Record]) -> bool:
+    found = [r for r in found if r["command"] == "static" and "read_bytes" in r and "policy" in r]
+    policies = {r["policy"]: (r["state_bytes"], r["read_bytes"], r["written_bytes"]) for r in found}
+    if not policies:
+        return False
+    names = list(policies)
+    state, read, written = zip(*policies.values(), strict=True)
+    axes.barh(names, read, color=OTHERS[0], label="read per step")
+    axes.barh(names, written, left=read, color=OTHERS[1], label="written per step")
+    axes.plot(state, names, "D", color=OURS[0], label="optimizer state")
+    axes.invert_yaxis()
+    axes.set_xlabel("bytes per parameter")
+    axes.set_title("Bytes per parameter")
+    axes.legend(frameon=False, fontsize=8)
+    return True
+
+
+PLOTS: dict[str, Callable[[Axes, list[Record]], bool]] = {
+    "throughput": draw_throughput,
+    "models": draw_models,
+    "host": draw_host,
+    "bytes": draw_bytes,
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = common.Parser("plot", DESCRIPTION)
+    parser.add_argument("result", type=Path, metavar="RESULT.json", help="what to draw")
+    parser.add_argument("--output", type=Path, help="folder for the PNGs; the result's own, if not given")
+    options = parser.parse(argv)
+    try:
+        document = records.read(options.result)
+    except ValueError as error:
+        parser.error(str(error))
+    folder = options.output or options.result.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    made = document["conditions"]
+    for name, draw in PLOTS.items():
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        if draw(axes, document["records"]):
+            conditions = (made["device_name"], f"torch {made['torch']}", f"triton {made['triton']}", made["date"][:10])
+            figure.supxlabel(", ".join(conditions), fontsize=7, color="gray")
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=150)
+            print(path)
+        else:
+            print(f"{name}: not in {options.result}")
+        plt.close(figure)
+    return 0

@@ -1,0 +1,87 @@
+"""Write the README's tables from results, or check that they agree.
+
+A table stands between two comments:
+
+    <!-- table host bench/results/some-device/suite.json -->
+    <!-- end -->
+
+whose first names what to show (a function below) and the result to take it from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import common, records
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- table (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+DESCRIPTION = """\
+Rewrite the tables of README.md from the results that they name; with --check, write nothing and fail if one of
+them does not agree."""
+
+
+def markdown(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def conditions(document: dict[str, Any]) -> str:
+    made = document["conditions"]
+    return (
+        f"\n{made['device_name']}, torch {made['torch']}, triton {made['triton']}, Python {made['python']}, "
+        f"{made['date'][:10]}: `{made['command']}`\n"
+    )
+
+
+def host(document: dict[str, Any]) -> str:
+    found = [r for r in document["records"] if r["command"] == "host" and "host_us" in r]
+    tensors = list(dict.fromkeys(r["tensors"] for r in found))
+    times = {(r["provider"], r["tensors"]): r["host_us"]["median"] for r in found}
+    rows = [
+        [provider, *(f"{times[provider, n]:,.0f}" for n in tensors)] for provider in dict.fromkeys(p for p, _ in times)
+    ]
+    return markdown(["host time of `step()`, µs", *(f"{n:,} tensors" for n in tensors)], rows) + conditions(document)
+
+
+def static(document: dict[str, Any]) -> str:
+    found = [r for r in document["records"] if r["command"] == "static" and r.get("instructions_per_element")]
+    targets = list(dict.fromkeys(r["target"] for r in found))
+    rows = []
+    for policy, kernel in dict.fromkeys((r["policy"], r["kernel"]) for r in found):
+        cells = {r["target"]: r for r in found if (r["policy"], r["kernel"]) == (policy, kernel)}
+        counts = [f"{cells[t]['instructions_per_element']:.1f}" if t in cells else "" for t in targets]
+        rows.append([policy, kernel, f"{next(iter(cells.values()))['bytes_per_element']:.0f}", *counts])
+    return markdown(["policy", "entry", "bytes", *targets], rows) + conditions(document)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"host": host, "static": static}
+
+
+def rewritten(text: str) -> str:
+    """A README with its tables made anew."""
+
+    def made(match: re.Match[str]) -> str:
+        opening, name, path, _, end = match.groups()
+        return opening + TABLES[name](records.read(ROOT / path)) + end
+
+    return BLOCK.sub(made, text)
+
+
+def main(argv: list[str]) -> int:
+    parser = common.Parser("readme", DESCRIPTION)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table does not agree")
+    options = parser.parse(argv)
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    new = rewritten(text)
+    if options.check:
+        if new != text:
+            print("README.md does not agree with bench/results: run python -m bench readme")
+            return 1
+        return 0
+    readme.write_text(new)
+    return 0

@@ -1,0 +1,177 @@
+"""`python -m bench static`: what the kernels compile to, and what follows for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import common, records
+from .devices import DEVICES, Device
+from .machine_code import KERNELS, TARGETS, Failure, MachineCode, Variant, examine_all
+from .policies import BY_NAME, POLICIES, Policy
+from .records import Record
+
+DESCRIPTION = """
+What each storage policy and entry ("tensor": the kernel for one tensor, "table": for a table of tensors) compiles to;
+no GPU is needed. Instructions and special functions (MUFU: reciprocal square roots) are all that one thread executes
+on the path of a full block, from entry to exit, prologue included, predicated or not, over the elements of a thread;
+access widths are of that path, registers, spills and shared memory of the whole kernel. Times per 1e9 parameters are
+arithmetic, not measurements: the longest of bytes / nominal bandwidth, instructions / issue rate and special functions
+/ their rate, at the rates and clocks of bench/devices.py. Budget: the instructions per element that the device could
+issue while the bytes move. Hyper-parameters are floats, tensors are aligned to 16 bytes, without maximize and AMP.
+"""
+PARAMETERS = 1e9
+WIDTH = 170  # of the tables, where there is no terminal
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Milliseconds that each resource of a device needs for PARAMETERS elements."""
+
+    memory: float
+    issue: float
+    special: float
+
+    @classmethod
+    def of(cls, device: Device, moved_bytes: float, instructions: float, special: float) -> Prediction:
+        """Arguments are per element."""
+        return cls(
+            memory=1e3 * device.memory_seconds(moved_bytes * PARAMETERS),
+            issue=1e3 * device.issue_seconds(instructions * PARAMETERS),
+            special=1e3 * device.special_seconds(special * PARAMETERS),
+        )
+
+    @property
+    def bound(self) -> str:
+        return max(("memory", "issue", "special"), key=lambda name: getattr(self, name))
+
+    @property
+    def ms(self) -> float:
+        return getattr(self, self.bound)
+
+
+def record_of(target: str, policy: Policy, kernel: str, result: MachineCode | Failure) -> Record:
+    record: Record = {
+        "command": "static",
+        "case": f"{policy.name} {kernel} {target}",
+        "provider": "adamw_triton",
+        "target": target,
+        "policy": policy.name,
+        "storage": policy.description,
+        "kernel": kernel,
+        "bytes_per_element": policy.bytes_per_element,
+        "read_bytes": policy.read_bytes,
+        "written_bytes": policy.written_bytes,
+        "state_bytes": policy.state_bytes,
+    }
+    if isinstance(result, Failure):
+        return record | {"error": _one_line(result.reason)}
+    mufu = result.mufu / result.elements
+    record |= {
+        "registers": result.registers,
+        "spills": result.spills,
+        "local_bytes": result.local_bytes,
+        "shared_bytes": result.shared_bytes,
+        "calls": result.calls,
+        "threads": result.threads,
+        "elements_per_thread": result.elements,
+        "access_bytes": ", ".join(map(str, sorted({*result.loads, *result.stores}))),
+        "loads": len(result.loads),
+        "stores": len(result.stores),
+        "uniform_loads": len(result.uniform_loads),
+        "instructions_per_element": result.instructions_per_element,
+        "mufu_per_element": mufu,
+    }
+    for device in devices_of(target):
+        moved = policy.bytes_per_element
+        prediction = Prediction.of(device, moved, result.instructions_per_element, mufu)
+        record |= {
+            f"{device.key}_ms": prediction.ms,
+            f"{device.key}_bound": prediction.bound,
+            f"{device.key}_memory_ms": prediction.memory,
+            f"{device.key}_issue_ms": prediction.issue,
+            f"{device.key}_special_ms": prediction.special,
+            f"{device.key}_instruction_budget": device.instruction_budget(moved),
+        }
+    return record
+
+
+def devices_of(target: str) -> list[Device]:
+    return [device for device in DEVICES if device.target == target]
+
+
+def _one_line(reason: str) -> str:
+    lines = [line for line in reason.splitlines() if not line.startswith("Traceback")]
+    return " ".join(" ".join(lines).split())[:300]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    def repeatable(name: str, choices: Sequence[str], help: str) -> None:
+        parser.add_argument(name, action="append", choices=choices, default=argparse.SUPPRESS, help=help)
+
+    repeatable("--target", list(TARGETS), "architecture to compile for; repeatable (default: all)")
+    repeatable("--policy", list(BY_NAME), "storage policy; repeatable (default: all)")
+
+
+def measure(options: argparse.Namespace) -> list[Record]:
+    """Compile; a target or variant that cannot be compiled is a record with `error`."""
+    found: list[Record] = []
+    for target in dict.fromkeys(getattr(options, "target", TARGETS)):
+        names = dict.fromkeys(getattr(options, "policy", BY_NAME))
+        cases = [(policy, kernel) for policy in POLICIES if policy.name in names for kernel in KERNELS]
+        variants = [Variant(target, kernel, p.dtype_names, amsgrad=p.amsgrad) for p, kernel in cases]
+        results: Sequence[MachineCode | Failure]
+        try:
+            results = examine_all(variants)
+        except RuntimeError as error:  # a compiler took its process with it
+            results = [Failure(str(error))] * len(variants)
+        found += [record_of(target, *case, result) for case, result in zip(cases, results, strict=True)]
+    return found
+
+
+def show(console: Console, found: Sequence[Record]) -> None:
+    """One table for each target."""
+    for target in dict.fromkeys(record["target"] for record in found):
+        columns = {
+            "registers": "regs",
+            "spills": "spills",
+            "shared_bytes": "smem B",
+            "access_bytes": "access B",
+            "instructions_per_element": "instr/el",
+            "mufu_per_element": "MUFU/el",
+            "bytes_per_element": "B/el",
+        }
+        for device in devices_of(target):
+            columns |= {
+                f"{device.key}_ms": f"{device.name}\nms per 1e9",
+                f"{device.key}_bound": "\nbound",
+                f"{device.key}_instruction_budget": "budget\ninstr/el",
+            }
+        rows = [r | {"case": f"{r['policy']} {r['kernel']}"} for r in found if r["target"] == target]
+        console.print(records.table(target, rows, columns))
+
+
+def main(argv: list[str]) -> int:
+    parser = common.Parser("static", DESCRIPTION)
+    add_options(parser)
+    parser.add_argument(
+        "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write the records to this file"
+    )
+    options = parser.parse(argv)
+    file = getattr(options, "json", None)
+    if file is not None and file.is_dir():
+        parser.error(f"got --json {file}; allowed: a file to write, this is a folder")
+    found = measure(options)
+    show(Console(width=None if sys.stdout.isatty() else WIDTH), found)
+    if file is not None:
+        try:
+            records.write(file, "static", argv, torch.device("cpu"), found)
+        except OSError as error:
+            parser.error(f"cannot write {file}: {error.strerror}")
+    return 0

@@ -1,0 +1,54 @@
+"""All measurements that this machine can make, into one JSON."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from . import common, records
+from .records import Record
+
+COMMANDS = ("static", "host", "throughput", "models")
+NEEDS_GPU = ("throughput", "models")
+DESCRIPTION = """\
+Run static, host, throughput and models with their default options, print their tables and write one JSON, by
+default bench/results/<device>/suite.json. Takes less than 9 minutes with a GPU and 3 without one, where throughput
+and models are marked as not measured."""
+
+
+def folder_of(device: torch.device) -> Path:
+    name = common.device_name(device)
+    return Path(__file__).parent / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def measure(command: str, device: torch.device, console: Console) -> list[Record]:
+    if command in NEEDS_GPU and device.type != "cuda":
+        return [{"command": command, "case": "all", "provider": "all", "error": "not measured: no GPU"}]
+    module = importlib.import_module(f"bench.{command}")
+    parser = common.Parser(command, "")
+    module.add_options(parser)
+    start = time.perf_counter()
+    found: list[Record] = module.measure(parser.parse([]))
+    console.print(f"{command}: {len(found)} records in {time.perf_counter() - start:.0f} s")
+    return found
+
+
+def main(argv: list[str]) -> int:
+    parser = common.Parser("suite", DESCRIPTION)
+    parser.add_argument("--output", type=Path, help="the JSON file, if another")
+    parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="some of the commands")
+    options = parser.parse(argv)
+    device = common.device("auto")
+    path = options.output or folder_of(device) / "suite.json"
+    console = Console()
+    found: list[Record] = []
+    for command in options.only:
+        found += measure(command, device, console)
+        records.write(path, "suite", argv, device, found)  # what there is so far, should the next one not end
+    console.print(f"{path}; draw it with: python -m bench plot {path}")
+    return 0

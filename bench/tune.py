@@ -1,0 +1,164 @@
+"""Which block size and number of warps are fastest: what the table in launch.block_size comes from."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from adamw_triton import launch
+
+from . import common, peers, records, timing
+from .policies import BY_NAME as POLICIES_BY_NAME
+from .policies import Policy
+from .records import Record
+from .throughput import FREE_SHARE, can_measure, free_bytes, needed_bytes, size, size_name, step_scalars
+
+DESCRIPTION = """\
+Sweeps block size and warps, and with them elements per thread, of both kernels on scratch tensors, for every storage
+policy. Kernels are launched with each configuration, in turns; GB/s by the byte formula from events, L2 flushed.
+"chosen" marks what adamw_triton.launch uses. It only prints: configurations stay fixed in the source."""
+
+BLOCK_SIZES = (256, 512, 1024, 2048, 4096)
+NUM_WARPS = (1, 2, 4, 8)
+MAX_ELEMENTS_PER_THREAD = 32  # four tensors of more would not fit in a thread's registers
+ENTRIES = ("tensor", "table")
+WARP = 32 if torch.version.hip is None else 64
+
+COLUMNS = {
+    "gb_per_s": "GB/s",
+    "of_best": "of best",
+    "elements_per_thread": "elements a thread",
+    "chosen": "chosen",
+}
+
+
+class Configuration(NamedTuple):
+    block_size: int
+    num_warps: int
+
+    @property
+    def elements_per_thread(self) -> int:
+        return self.block_size // (WARP * self.num_warps)
+
+    def __str__(self) -> str:
+        return f"block {self.block_size} warps {self.num_warps}"
+
+
+def configurations() -> list[Configuration]:
+    """Every configuration whose threads all have elements, and not too many."""
+    every = [Configuration(block, warps) for block in BLOCK_SIZES for warps in NUM_WARPS]
+    return [one for one in every if 1 <= one.elements_per_thread <= MAX_ELEMENTS_PER_THREAD]
+
+
+def table(tensors: list[Tensor], block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The three tables of adamw_table_kernel for one param, grad, exp_avg, exp_avg_sq (, max_exp_avg_sq)."""
+    param, grad, *moments = tensors
+    row = [param.numel(), param.data_ptr(), *(moment.data_ptr() for moment in moments)]
+    block = torch.arange(-(-param.numel() // block_size), dtype=torch.int32, device=param.device)
+    return (
+        torch.tensor([row], dtype=torch.int64, device=param.device),
+        torch.tensor([grad.data_ptr()], dtype=torch.int64, device=param.device),
+        torch.stack((torch.zeros_like(block), block), dim=1),
+    )
+
+
+def calls(policy: Policy, tensors: list[Tensor], entry: str, chosen: list[Configuration]) -> dict[str, timing.Call]:
+    """A launch of each configuration on the same tensors."""
+    scalars = step_scalars()
+    n_elements = tensors[0].numel()
+
+    def tensor_call(one: Configuration) -> timing.Call:
+        arguments = tensors if policy.amsgrad else [*tensors, None]
+        grid = (-(-n_elements // one.block_size),)
+        return lambda: launch.adamw_kernel[grid](
+            *arguments, n_elements, None, None, None, *scalars, False, one.block_size, num_warps=one.num_warps
+        )
+
+    def table_call(one: Configuration) -> timing.Call:
+        tables = table(tensors, one.block_size)
+        dtypes = [launch._triton_dtype(dtype) for dtype in policy.dtypes]
+        flags = (policy.amsgrad, True, False)  # aligned: these tensors are
+        grid = (tables[2].shape[0],)
+        return lambda: launch.adamw_table_kernel[grid](
+            *tables, None, None, None, *scalars, *dtypes, *flags, one.block_size, num_warps=one.num_warps
+        )
+
+    make = tensor_call if entry == "tensor" else table_call
+    return {str(one): make(one) for one in chosen}
+
+
+def rows(policy: Policy, entry: str, elements: int, samples: timing.Samples) -> list[Record]:
+    """Records of one sweep, fastest first."""
+    used = Configuration(launch.block_size(*policy.dtypes), launch.NUM_WARPS)
+    moved = elements * policy.bytes_per_element
+    speeds = {name: records.spread([moved / ms / 1e6 for ms in taken]) for name, taken in samples.items()}
+    best = max(speed["median"] for speed in speeds.values())
+    by_name = {str(one): one for one in configurations()}
+    return [
+        {
+            "command": "tune",
+            "case": f"{policy.name} {entry} {size_name(elements)} {name}",
+            "provider": "adamw_triton",
+            "policy": policy.name,
+            "entry": entry,
+            "elements": elements,
+            "block_size": by_name[name].block_size,
+            "num_warps": by_name[name].num_warps,
+            "elements_per_thread": by_name[name].elements_per_thread,
+            "gb_per_s": speed,
+            "of_best": speed["median"] / best,
+            "chosen": by_name[name] == used,
+        }
+        for name, speed in sorted(speeds.items(), key=lambda item: -item[1]["median"])
+    ]
+
+
+def measure(options: argparse.Namespace) -> list[Record]:
+    device: torch.device = options.device
+    failed = {"command": "tune", "case": "sweep", "provider": "adamw_triton"}
+    if not can_measure(device):
+        return [{**failed, "error": "no GPU: there is nothing to tune for"}]
+    found: list[Record] = []
+    with torch.cuda.device(device):
+        flush = timing.Flush(device)
+        for policy in [POLICIES_BY_NAME[name] for name in options.dtype or POLICIES_BY_NAME]:
+            if needed_bytes(policy, options.size) > FREE_SHARE * free_bytes(device):
+                found.append({**failed, "case": f"{policy.name} {size_name(options.size)}", "error": "does not fit"})
+                continue
+            (param,), (moments,) = peers.problem([(options.size,)], policy, device)
+            assert param.grad is not None
+            tensors = [param.detach(), param.grad, *moments.values()]
+            for entry in options.entry or ENTRIES:
+                made = calls(policy, tensors, entry, configurations())
+                samples = timing.device_ms(made, device, samples=options.samples, flush=flush)
+                found += rows(policy, entry, options.size, samples)
+            del param, moments, tensors, made
+    return found
+
+
+def add_options(parser: common.Parser) -> None:
+    add = parser.add_argument
+    add("--size", type=size, default=2**26, help="elements of the scratch tensor, like 2^26")
+    add("--dtype", action="append", choices=POLICIES_BY_NAME, help="storage policy; may be repeated; without it all")
+    add("--entry", action="append", choices=ENTRIES, help="kernel; may be repeated; without it both")
+    add("--samples", type=common.positive_int, default=30, help="of each configuration")
+    add("--device", type=common.device, default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+
+
+def main(argv: list[str]) -> int:
+    parser = common.Parser("tune", DESCRIPTION)
+    add_options(parser)
+    parser.add_argument("--json", type=Path, help="file for the records")
+    options = parser.parse(argv)
+    found = measure(options)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    console.print(records.table(f"Configurations on {common.device_name(options.device)}", found, COLUMNS))
+    if options.json:
+        records.write(options.json, "tune", argv, options.device, found)
+    return 0

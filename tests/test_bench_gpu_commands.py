@@ -1,0 +1,395 @@
+import argparse
+import itertools
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.autograd import DeviceType
+
+from adamw_triton import launch
+from bench import common, models, peers, records, roofs, throughput, timing, tune
+from bench.policies import BY_NAME, POLICIES
+
+CPU = torch.device("cpu")
+needs_kernels = pytest.mark.skipif(not launch.INTERPRETED, reason="on CPU tensors kernels need TRITON_INTERPRET=1")
+
+
+class Time:
+    """A clock that only moves when a call says that it takes time."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.calls = []
+
+    def __call__(self):
+        return self.now
+
+    def provider(self, name, seconds):
+        def call():
+            self.calls.append(name)
+            self.now += seconds
+
+        return call
+
+
+def fake_events(clock):
+    class Event:
+        def record(self):
+            self.at = clock.now
+
+        def elapsed_time(self, end):
+            return (end.at - self.at) * 1e3
+
+    return Event
+
+
+@pytest.fixture
+def clock():
+    return Time()
+
+
+@pytest.fixture
+def providers(clock):
+    return {"quick": clock.provider("quick", 0.001), "slow": clock.provider("slow", 0.003)}
+
+
+# timing
+
+
+def test_a_slower_call_shows_as_slower(clock, providers):
+    device = timing.device_ms(providers, CPU, samples=4, event=fake_events(clock), flush=lambda: None)
+    wall = timing.wall_ms(providers, CPU, samples=4, clock=clock)
+    host = timing.host_us(providers, CPU, samples=4, clock=clock)
+    for taken, unit in ((device, 1), (wall, 1), (host, 1000)):
+        assert taken == {"quick": [pytest.approx(unit)] * 4, "slow": [pytest.approx(3 * unit)] * 4}
+
+
+def test_providers_take_turns_after_the_warm_up(clock, providers):
+    timing.wall_ms(providers, CPU, samples=3, warmup=2, clock=clock)
+    assert clock.calls == ["quick"] * 2 + ["slow"] * 2 + ["quick", "slow"] * 3
+    clock.calls.clear()
+    timing.device_ms(providers, CPU, samples=2, warmup=1, event=fake_events(clock), flush=lambda: None)
+    assert clock.calls == ["quick", "slow"] + ["quick", "slow"] * 2
+
+
+def test_the_cache_is_flushed_outside_of_the_time(clock, providers):
+    flush = clock.provider("flush", 1.0)
+    taken = timing.device_ms(providers, CPU, samples=2, warmup=0, event=fake_events(clock), flush=flush)
+    assert clock.calls == ["flush", "quick", "flush", "slow"] * 2
+    assert max(taken["quick"]) < 2
+    assert max(timing.wall_ms(providers, CPU, samples=2, flush=flush, clock=clock)["quick"]) < 2
+
+
+def test_slow_providers_get_fewer_samples_but_three(clock):
+    providers = {"quick": clock.provider("quick", 0.001), "slow": clock.provider("slow", 1.0)}
+    taken = timing.wall_ms(providers, CPU, samples=20, seconds=0.01, clock=clock)
+    assert (len(taken["quick"]), len(taken["slow"])) == (10, 3)
+
+
+def test_spreads():
+    assert records.spread([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == {"p20": 2.0, "median": 3.5, "p80": 5.0, "n": 6}
+
+
+def event(name, us, device_type=DeviceType.CUDA, annotation=False):
+    duration = SimpleNamespace(elapsed_us=lambda: us)
+    return SimpleNamespace(name=name, time_range=duration, device_type=device_type, is_user_annotation=annotation)
+
+
+def test_only_kernels_are_counted():
+    events = [
+        event("adamw_table_kernel", 1000.0),
+        event("adamw_table_kernel", 3000.0),
+        event("Memcpy HtoD (Pageable -> Device)", 500.0),
+        event("Memset (Device)", 500.0),
+        event("Optimizer.step#AdamW.step", 9000.0, annotation=True),
+        event("cudaLaunchKernel", 7000.0, device_type=DeviceType.CPU),
+    ]
+    assert timing.count_kernels(events, steps=2) == {"kernel_ms": 2.0, "launches": 1.0}
+    assert timing.count_kernels(events[2:], steps=2) == {"kernel_ms": None, "launches": None}
+
+
+def test_nothing_is_invented_without_a_gpu():
+    assert timing.kernels(lambda: None, CPU) == {"kernel_ms": None, "launches": None}
+    assert timing.added_bytes(lambda: None, CPU) is None
+    timing.Flush(CPU)()
+
+
+# roofs
+
+
+@needs_kernels
+@pytest.mark.parametrize("n_bytes", [1, 4000, 2 * 4 * (2 * roofs.COPY_BLOCK_SIZE + 12)])
+def test_copy(n_bytes):
+    source, target = roofs.copy_bytes(n_bytes, CPU)
+    assert 2 * source.nbytes >= n_bytes and source.nbytes % 16 == 0
+    target.zero_()
+    roofs.copy(source, target)
+    assert torch.equal(source, target)
+
+
+@needs_kernels
+@pytest.mark.parametrize("n_elements", [1, 1024, 3000])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_skeleton(policy, n_elements):
+    (param,), (moments,) = peers.problem([(n_elements,)], policy, CPU)
+    param.grad.mul_(64).round_().div_(64)  # every dtype holds it, so that no store rounds
+    tensors = [param.detach(), param.grad, moments["exp_avg"], moments["exp_avg_sq"]]
+    expected = [torch.maximum(t.double(), param.grad.double()).to(t.dtype) for t in tensors]
+    expected[1] = param.grad.clone()
+    roofs.skeleton(*tensors)
+    assert all(torch.equal(*pair) for pair in zip(tensors, expected, strict=True))
+
+
+# throughput
+
+
+@needs_kernels
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_throughput_case(policy):
+    case = throughput.Case(policy, 1100, CPU)
+    assert throughput.TENSOR in case.calls and throughput.TABLE in case.calls and throughput.SKELETON in case.calls
+    assert case.calls.keys() | case.errors.keys() >= set(throughput.PROVIDERS) - {throughput.OUR_COPY}
+    assert case.bytes[throughput.TENSOR] == 1100 * policy.bytes_per_element
+    assert case.bytes[throughput.SKELETON] == 1100 * (policy.bytes_per_element - 2 * 4 * policy.amsgrad)
+    assert abs(case.bytes[throughput.OUR_COPY] - case.bytes[throughput.TENSOR]) <= 32
+    before = case.param.detach().clone()
+    for name in (throughput.TENSOR, throughput.TABLE):
+        case.calls[name]()
+    if policy.param == torch.float32:
+        assert not torch.equal(before, case.param)
+
+
+def test_rates():
+    policy = BY_NAME["fp32"]
+    moved = dict.fromkeys(throughput.PROVIDERS, 28_000_000)
+    samples = {
+        throughput.TENSOR: [0.02, 0.02],
+        throughput.TORCH_COPY: [0.01, 0.01],
+        throughput.OUR_COPY: [0.014, 0.014],
+        throughput.SKELETON: [0.016, 0.016],
+    }
+    errors = {peers.FUSED: "refused"}
+    rows = throughput.rates(policy, 10**6, moved, samples, errors, nominal=4e12)
+    by_provider = {row["provider"]: row for row in rows}
+    ours = by_provider[throughput.TENSOR]
+    assert ours["gb_per_s"]["median"] == pytest.approx(1400)  # 28 MB in 20 µs
+    assert ours["us"]["median"] == pytest.approx(20)
+    ratios = [ours[key] for key in ("of_nominal", "of_copy", "of_skeleton")]
+    assert ratios == pytest.approx([0.35, 0.5, 0.8])
+    assert by_provider[peers.FUSED]["error"] == "refused"
+    assert by_provider[throughput.TABLE]["error"] == "not measured"
+
+
+def test_sizes():
+    assert [throughput.size(text) for text in ("2^10", "1000")] == [1024, 1000]
+    assert [throughput.size_name(n) for n in (1024, 1000)] == ["2^10", "1000"]
+
+
+# tune
+
+
+def test_every_thread_of_a_configuration_has_elements():
+    assert all(1 <= one.elements_per_thread <= tune.MAX_ELEMENTS_PER_THREAD for one in tune.configurations())
+    for policy in POLICIES:
+        used = tune.Configuration(launch.block_size(*policy.dtypes), launch.NUM_WARPS)
+        assert used in tune.configurations()
+
+
+@needs_kernels
+@pytest.mark.parametrize("entry", tune.ENTRIES)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_configurations_step_alike(policy, entry):
+    configurations = [tune.Configuration(256, 4), tune.Configuration(512, 8)]
+    results = []
+    for one in configurations:
+        torch.manual_seed(1)
+        (param,), (moments,) = peers.problem([(700,)], policy, CPU)
+        tensors = [param.detach(), param.grad, *moments.values()]
+        before = [tensor.clone() for tensor in tensors]
+        tune.calls(policy, tensors, entry, configurations)[str(one)]()
+        assert not torch.equal(before[2], tensors[2]) and torch.equal(before[1], tensors[1])
+        results.append(tensors)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_tune_rows_are_sorted_and_mark_what_is_used():
+    used = tune.Configuration(launch.block_size(*[torch.float32] * 4), launch.NUM_WARPS)
+    samples = {str(one): [1.0] for one in tune.configurations()}
+    samples[str(used)] = [0.5]
+    first, second, *_ = tune.rows(BY_NAME["fp32"], "table", 2**20, samples)
+    assert first["chosen"] and first["of_best"] == 1 and first["gb_per_s"]["median"] == pytest.approx(2**20 * 28 / 5e5)
+    assert not second["chosen"] and second["of_best"] == 0.5
+
+
+@pytest.fixture
+def as_if_on_a_gpu(monkeypatch):
+    """Lets throughput and tune run on the CPU, with times that are made up."""
+
+    def device_ms(calls, device, *, samples, flush):
+        for call in calls.values():
+            call()
+        return {name: [1.0 + i] * samples for i, name in enumerate(calls)}
+
+    for module in (throughput, tune):
+        monkeypatch.setattr(module, "can_measure", lambda device: True)
+        monkeypatch.setattr(module, "free_bytes", lambda device: 10**6)
+    monkeypatch.setattr(timing, "device_ms", device_ms)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+
+@needs_kernels
+def test_throughput_from_end_to_end(as_if_on_a_gpu, tmp_path):
+    path = tmp_path / "result.json"
+    argv = ["--sizes", "2^10", "2^20", "--dtype", "fp32", "--dtype", "bf16-param-grad", "--json", str(path)]
+    assert throughput.main([*argv, "--samples", "2", "--device", "cpu"]) == 0
+    found = records.read(path)["records"]
+    assert len(found) == 2 * 2 * len(throughput.PROVIDERS)
+    for row in found:
+        if row["case"].endswith("2^20"):
+            assert row["error"].startswith("needs 0.0 GB")
+        elif row["provider"] == peers.FUSED and row["policy"] == "bf16-param-grad":
+            assert row["error"]  # torch refuses
+        else:
+            assert row["gb_per_s"]["n"] == 2 and row["of_copy"] > 0 and row["of_skeleton"] > 0
+
+
+@needs_kernels
+def test_tune_from_end_to_end(as_if_on_a_gpu, tmp_path):
+    path = tmp_path / "result.json"
+    argv = ["--size", "2^10", "--dtype", "fp32", "--samples", "2", "--device", "cpu", "--json", str(path)]
+    assert tune.main(argv) == 0
+    found = records.read(path)["records"]
+    assert len(found) == 2 * len(tune.configurations())
+    assert sum(row["chosen"] for row in found) == 2
+    assert tune.main([*argv, "--size", "2^20"]) == 0
+    assert records.read(path)["records"][0]["error"] == "does not fit"
+
+
+# models
+
+
+def options_of(*argv):
+    parser = common.Parser("models", "")
+    models.add_options(parser)
+    return parser.parse(list(argv))
+
+
+SMALL = ("--device", "cpu", "--steps", "3", "--seconds", "0", "--max-elements", "200000", "--model", "resnet-50")
+
+
+@pytest.fixture
+def reference(monkeypatch):
+    """Ours as eager operations: the interpreter takes seconds for a model."""
+    monkeypatch.setattr(launch, "has_kernels", lambda device: False)
+
+
+def test_models_on_the_cpu(reference):
+    chosen = ["adamw_triton", "torch for-loop", "torch foreach", "torch fused"]
+    rows = models.measure(options_of(*SMALL, *itertools.chain(*(("--peer", name) for name in chosen))))
+    assert [row["provider"] for row in rows] == chosen
+    for row in rows:
+        assert row["tensors"] == 161 and row["elements"] <= 200_000 and row["scale"] > 1
+        assert row["wall_ms"]["n"] == row["host_us"]["n"] == 3 and row["wall_ms"]["median"] > 0
+        assert "kernel_ms" not in row and "launches" not in row and "added_bytes" not in row
+    assert rows[-1]["fused_over_this"] == pytest.approx(1)
+
+
+def test_wrong_results_are_not_timed(reference, monkeypatch):
+    kept = models.measure(options_of(*SMALL, "--peer", "adamw_triton"))
+    assert "error" not in kept[0]
+    monkeypatch.setattr(models, "GATE_HYPER", {**models.GATE_HYPER, "weight_decay": 0.5})
+    healthy = peers.BY_NAME["adamw_triton"]
+    broken = SimpleNamespace(**{**vars(healthy), "factory": _negligent(healthy), "version": healthy.version})
+    (row,) = models.gate(kept, BY_NAME["fp32"], broken, CPU)
+    assert row["error"].startswith("wrong result") and "wall_ms" not in row
+
+
+def _negligent(peer):
+    def factory(params, policy, moments):
+        optimizer = peer.factory(params, policy, moments)
+        step = optimizer.step
+        optimizer.step = lambda: step() if optimizer.param_groups[0].update(weight_decay=0.0) is None else None
+        return optimizer
+
+    return factory
+
+
+@pytest.mark.parametrize("name", ["adamw_triton", "adamw_triton foreach=False"])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_ours_passes_the_gate(policy, name, path):
+    assert models.wrong(policy, peers.BY_NAME[name], CPU) is None
+
+
+def test_compiling_has_a_limit(clock):
+    def slow(params, policy, moments):
+        clock.now += 100
+        return SimpleNamespace(step=lambda: None)
+
+    peer = peers.Peer("compiles", "torch", "", slow, compiles=True)
+    starter = models.Starter(60, clock)
+    params, moments = peers.problem([(3,)], BY_NAME["fp32"], CPU)
+    arguments = (peer, params, BY_NAME["fp32"], moments)
+    assert not isinstance(starter.start(*arguments), str)
+    assert starter.start(*arguments).startswith("not compiled: 60 s")
+    assert not isinstance(starter.start(peers.BY_NAME["torch for-loop"], *arguments[1:]), str)
+
+
+def test_lists_are_divided_until_all_providers_fit(reference, monkeypatch):
+    monkeypatch.setattr(models, "free_bytes", lambda device: 2**23)
+    rows = models.measure(
+        options_of("--device", "cpu", "--steps", "1", "--model", "resnet-50", "--peer", "torch fused")
+    )
+    per_element = models.bytes_per_element(BY_NAME["fp32"], [peers.BY_NAME["torch fused"]])
+    assert rows[0]["elements"] * per_element <= models.FREE_SHARE * 2**23
+    monkeypatch.setattr(models, "free_bytes", lambda device: 100)
+    (row,) = models.measure(options_of("--device", "cpu", "--model", "10x16Mi", "--peer", "torch fused"))
+    assert "one row of each" in row["error"]
+
+
+# commands
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
+@pytest.mark.parametrize(("module", "count"), [(throughput, len(POLICIES)), (models, None), (tune, 1)])
+def test_commands_mark_what_they_cannot_measure(module, count, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    assert module.main(["--json", str(path)]) == 0
+    found = records.read(path)["records"]
+    assert len(found) == count or module is models
+    assert all(row["error"].startswith("no GPU") and row["command"] == module.__name__[6:] for row in found)
+    assert not any(isinstance(value, float) for row in found for value in row.values())
+    assert json.loads(path.read_text())["conditions"]["command"].startswith(f"python -m bench {module.__name__[6:]}")
+    assert "no GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "named"),
+    [
+        (throughput, ["--sizes", "0"], "2^20"),
+        (throughput, ["--sizes", "2^99"], "2^20"),
+        (throughput, ["--dtype", "int8"], "fp32"),
+        (throughput, ["--samples", "-1"], "positive integer"),
+        (models, ["--model", "alexnet"], "resnet-50"),
+        (models, ["--peer", "sgd"], "torch fused"),
+        (models, ["--seconds", "nan"], "finite"),
+        (models, ["--modle", "resnet-50"], "--model"),
+        (tune, ["--entry", "both"], "table"),
+        (tune, ["--size", "many"], "2^20"),
+        (tune, ["--device", "tpu"], "cpu"),
+    ],
+)
+def test_bad_options_are_one_line_and_status_2(module, argv, named, capsys):
+    with pytest.raises(SystemExit) as exit:
+        module.main(argv)
+    assert exit.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and named in message and message.startswith("python -m bench ")
+
+
+def test_defaults_are_what_suite_parses():
+    for module in (throughput, models, tune):
+        parser = common.Parser("suite", "")
+        module.add_options(parser)
+        assert isinstance(parser.parse([]), argparse.Namespace)

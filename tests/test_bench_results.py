@@ -1,0 +1,183 @@
+"""Records, comparison, plots and README tables, from results made up here."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from bench import __main__ as bench
+from bench import compare, host, plot, readme, records, suite
+
+
+def document(tmp_path, found, name="result.json"):
+    records.write(tmp_path / name, "suite", ["--only", "host"], torch.device("cpu"), found)
+    return tmp_path / name
+
+
+def spread(median, wide=1.1):
+    return {"p20": median / wide, "median": median, "p80": median * wide, "n": 9}
+
+
+def host_records(factor=1.0):
+    return [
+        {
+            "command": "host", "case": f"{n} tensors", "provider": provider, "tensors": n,
+            "host_us": spread(n * us * (factor if provider == "adamw_triton" else 1)), "host_us_per_tensor": us,
+        }
+        for n in (10, 100)
+        for provider, us in (("bare scan", 0.25), ("adamw_triton", 0.4), ("torch fused", 4.0))
+    ]  # fmt: skip
+
+
+def all_records():
+    return [
+        *host_records(),
+        *(
+            {
+                "command": "throughput", "case": f"2^{e} {policy}", "provider": provider, "policy": policy,
+                "elements": 2**e, "gb_per_s": spread(gb),
+            }
+            for e in (10, 30)
+            for policy in ("fp32", "bf16")
+            for provider, gb in (("adamw_triton", 2900.0), ("torch fused", 2500.0), ("skeleton 4R3W", 3000.0))
+        ),
+        *(
+            {"command": "models", "case": model, "provider": provider, "wall_ms": spread(ms)}
+            for model in ("gpt-2", "resnet-50")
+            for provider, ms in (("torch fused", 2.0), ("adamw_triton", 1.0))
+        ),
+        {"command": "models", "case": "gpt-2", "provider": "torchao 8-bit", "error": "not installed"},
+        {
+            "command": "static", "case": "fp32 table sm_90", "provider": "adamw_triton", "policy": "fp32",
+            "kernel": "table", "target": "sm_90", "instructions_per_element": 36.1, "bytes_per_element": 28,
+            "read_bytes": 16, "written_bytes": 12, "state_bytes": 8,
+        },
+    ]  # fmt: skip
+
+
+def test_spread_is_the_order_statistics():
+    assert records.spread([5.0]) == {"p20": 5.0, "median": 5.0, "p80": 5.0, "n": 1}
+    found = records.spread([float(x) for x in range(101)])
+    assert (found["p20"], found["median"], found["p80"], found["n"]) == (20, 50, 80, 101)
+
+
+def test_records_are_read_back_and_others_refused(tmp_path):
+    path = document(tmp_path, host_records())
+    read = records.read(path)
+    assert read["records"] == host_records()
+    assert {"date", "command", "device_name", "torch", "triton", "python", "commit"} <= read["conditions"].keys()
+    path.write_text(json.dumps({**read, "schema_version": 99}))
+    with pytest.raises(ValueError, match="schema version 99"):
+        records.read(path)
+    path.write_text("[1]")
+    with pytest.raises(ValueError, match="is not a result"):
+        records.read(path)
+
+
+def test_compare_marks_what_changed_beyond_its_spread(tmp_path, capsys):
+    before = document(tmp_path, host_records(), "a.json")
+    assert compare.main([str(before), str(document(tmp_path, host_records(1.05), "b.json"))]) == 0
+    assert "18 quantities compared, 0 changed" in capsys.readouterr().out
+    assert compare.main([str(before), str(document(tmp_path, host_records(2.0), "c.json"))]) == 0
+    out = capsys.readouterr().out
+    assert "18 quantities compared, 2 changed" in out and "2.000" in out
+    assert compare.ratio(2.0, 3.0) == (1.5, 1.5, 1.5)
+    assert compare.ratio(0, 0) == (1.0, 1.0, 1.0) and compare.ratio(0, 5) == (math.inf,) * 3
+    assert compare.ratio(spread(2.0, 1.25), spread(3.0, 1.25)) == pytest.approx((0.96, 1.5, 2.34375))
+
+
+def test_plots_render_from_json_alone(tmp_path, capsys):
+    path = document(tmp_path, all_records())
+    assert plot.main([str(path), "--output", str(tmp_path / "plots")]) == 0
+    made = sorted(tmp_path.glob("plots/*.png"))
+    assert [p.stem for p in made] == ["bytes", "host", "models", "throughput"]
+    assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 10_000 for p in made)
+    capsys.readouterr()
+    assert plot.main([str(document(tmp_path, host_records(), "few.json")), "--output", str(tmp_path / "few")]) == 0
+    assert "models: not in" in capsys.readouterr().out
+    assert [p.stem for p in (tmp_path / "few").glob("*.png")] == ["host"]
+
+
+def test_readme_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    document(tmp_path, all_records())
+    text = (
+        "before\n<!-- table host result.json -->\nold\n<!-- end -->\n<!-- table static result.json -->\n<!-- end -->\n"
+    )
+    (tmp_path / "README.md").write_text(text)
+    assert readme.main(["--check"]) == 1
+    assert (tmp_path / "README.md").read_text() == text
+    assert readme.main([]) == 0
+    new = (tmp_path / "README.md").read_text()
+    assert "| adamw_triton | 4 | 40 |" in new and "| fp32 | table | 28 | 36.1 |" in new and "old" not in new
+    assert new.startswith("before\n")
+    assert readme.main(["--check"]) == 0
+
+
+def test_the_readme_agrees_with_the_committed_results():
+    assert readme.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "argv", "message"),
+    [
+        ("host", ["--tensors", "0"], "got '0'; allowed: a positive integer"),
+        ("host", ["--tensors"], "expected at least one argument"),
+        ("compare", ["nothing.json", "nothing.json"], "nothing.json is not a result"),
+        ("plot", ["nothing.json"], "nothing.json is not a result"),
+        ("suite", ["--only", "everything"], "invalid choice: 'everything'"),
+        ("readme", ["--what"], "unknown option '--what'"),
+        ("no-such", [], "unknown command 'no-such'"),
+    ],
+)
+def test_bad_options_give_one_line_and_status_2(command, argv, message, capsys):
+    try:
+        status = bench.main([command, *argv])
+    except SystemExit as exit:
+        status = exit.code
+    captured = capsys.readouterr()
+    assert status == 2 and captured.out == ""
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_host_shows_a_slowed_down_step_as_slower(monkeypatch):
+    """The harness itself: a step that sleeps a millisecond is a millisecond slower, its neighbours are not."""
+    import time
+
+    from adamw_triton import AdamW
+
+    parser = host.common.Parser("host", "")
+    host.add_options(parser)
+    options = parser.parse(["--tensors", "10", "--seconds", "0.2", "--device", "cpu"])
+
+    def medians():
+        return {r["provider"]: r["host_us"]["median"] for r in host.measure(options) if "host_us" in r}
+
+    before = medians()
+    step = AdamW.step
+    monkeypatch.setattr(AdamW, "step", lambda self: (time.sleep(1e-3), step(self))[1])
+    after = medians()
+    assert after["adamw_triton"] > before["adamw_triton"] + 1000
+    assert after["torch fused"] < before["torch fused"] + 500
+    assert before["bare scan"] < before["adamw_triton"] < before["torch for-loop"]
+
+
+def test_host_launches_nothing_and_scans_everything(monkeypatch):
+    from adamw_triton import launch
+
+    parser = host.common.Parser("host", "")
+    host.add_options(parser)
+    found = host.measure(parser.parse(["--tensors", "161", "1000", "--seconds", "0", "--device", "cpu"]))
+    assert launch.launch_table.__module__ == "adamw_triton.launch", "the replacement is taken back"
+    growth = {r["provider"]: r["host_us_per_tensor"] for r in found if r["case"].startswith("growth")}
+    assert growth["adamw_triton"] > 0.5 * growth["bare scan"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU marks")
+def test_suite_marks_what_it_could_not_measure(tmp_path, monkeypatch):
+    monkeypatch.setattr(host, "COUNTS", (10,))
+    path = tmp_path / "suite.json"
+    assert suite.main(["--only", "throughput", "models", "--output", str(path)]) == 0
+    found = records.read(path)["records"]
+    assert [r["error"] for r in found] == ["not measured: no GPU"] * 2
