@@ -46,7 +46,7 @@ def has_kernels(device: torch.device) -> bool:
     """Whether tensors on `device` go through the kernels; if not, through the reference."""
     if triton is None and device.type == "cuda":
         warnings.warn(
-            "Triton is not installed: AdamW steps as eager PyTorch operations, many times slower than its kernel. "
+            "Triton is not installed: AdamW steps as eager PyTorch operations instead of its kernel. "
             "Install triton (published for Linux).",
             stacklevel=2,
         )
