@@ -39,11 +39,29 @@ def test_end_to_end(name, tmp_path):
     assert state < report["runs"][1]["state_bytes"] < state + 1000
 
 
+def test_one_step(tmp_path):
+    assert train.main([*TINY, "--steps", "1", "--output", str(tmp_path)]) == 0
+
+
+def test_a_diverged_run_is_found_out_and_its_json_is_json(tmp_path):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert train.main([*TINY, "--steps", "4", "--lr", "1e30", "--output", str(tmp_path)]) == 1
+    report = json.loads((tmp_path / "train.json").read_text(), parse_constant=refuse)
+    assert None in report["runs"][1]["losses"]
+
+
 class NoDecay(AdamW):
     def __init__(self, params, **options):
         super().__init__(params, **options)
         for group in self.param_groups:
             group["weight_decay"] = 0.0
+
+
+class DoubleEps(AdamW):
+    def __init__(self, params, **options):
+        super().__init__(params, **{**options, "eps": 2 * options["eps"]})
 
 
 class LateEps(AdamW):
@@ -63,6 +81,13 @@ def test_a_wrong_optimizer_is_found_out(wrong, tmp_path, capsys):
     assert "DIVERGE" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("wrong", [NoDecay, DoubleEps], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("steps", ["6", "40"])
+def test_a_slightly_wrong_optimizer_is_found_out_in_a_short_run(wrong, steps, tmp_path, path):
+    """With the default options, in a few steps: there two implementations have had no time to drift apart."""
+    assert train.main([*TINY[:-2], "--steps", steps, "--output", str(tmp_path)], ours=wrong) == 1
+
+
 def test_kernels_agree_within_their_tolerance(tmp_path, path):
     """In this process: under the interpreter where there is no GPU."""
     assert train.main([*TINY, "--steps", "12", "--output", str(tmp_path)]) == 0
@@ -75,6 +100,7 @@ def test_kernels_agree_within_their_tolerance(tmp_path, path):
     [
         (["--steps", "0"], "argument --steps: got '0'; allowed: a positive integer"),
         (["--heads", "3"], "got --width 256 --heads 3; allowed: a width divisible by the heads"),
+        (["--context", "50000000"], "got --context 50000000; allowed: less than"),
         (["--lr", "fast"], "got 'fast'; allowed: a finite number that is not negative"),
         (["--device", "tpu"], "got 'tpu'; allowed here: auto, cpu"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
