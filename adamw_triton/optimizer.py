@@ -13,6 +13,7 @@ from . import checkpoint
 from .checks import check_hyper, check_implementation, check_param
 from .plan import Plan
 from .scalars import Hyper
+from .state import ParamState, State
 
 
 class AdamW(Optimizer):
@@ -133,8 +134,11 @@ class AdamW(Optimizer):
         # Set by torch.amp.GradScaler for the duration of this call.
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
+        state: Any = self.state
+        if not isinstance(state, State):
+            self.state = state = State(state)  # type: ignore[assignment]  # declared a defaultdict
         hypers = list(map(Hyper.of, self.param_groups))
-        now = (self.param_groups, hypers, self.state)
+        now = (self.param_groups, hypers, state)
         skippable = found_inf is not None
 
         plan = self._plan
@@ -147,6 +151,15 @@ class AdamW(Optimizer):
             assert grads is not None, "a plan fits what it was just built from"
         plan.step(grads, hypers, grad_scale, found_inf)
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a later `load_state_dict` needs, in the form of `torch.optim.AdamW.state_dict`."""
+        packed = super().state_dict()
+        packed["state"] = {
+            key: dict(entries) if isinstance(entries, ParamState) else entries
+            for key, entries in packed["state"].items()
+        }
+        return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this optimizer or of any implementation of `torch.optim.AdamW`.

@@ -7,10 +7,10 @@ that would make the plan wrong: parameters, state and options are the user's to 
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from itertools import chain
 from operator import attrgetter, is_, or_
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from . import launch
 from .checks import check_grad, check_param, check_state, is_dense, same_strides
 from .functional import step_tensor, step_tensor_reference
 from .scalars import Hyper, Scalars, device_scalars, host_scalars
+from .state import State
 
 _ALIGNMENT = 16  # bytes of the widest access
 _grad_of = attrgetter("grad")
@@ -113,10 +114,11 @@ class _Bucket:
         self.step_count = key.step
         self.table = _table(items, key) if key.form == "table" else None
 
-    def set_grad_addresses(self, addresses: list[int]) -> None:
+    def set_grad_addresses(self, addresses: Tensor) -> None:
         if self.table is not None:
-            pinned = torch.tensor(addresses, dtype=torch.int64, pin_memory=self.key.device.type == "cuda")
-            self.table.grads.copy_(pinned, non_blocking=True)
+            if self.key.device.type == "cuda":
+                addresses = addresses.pin_memory()  # from pageable memory, the copy would wait for the device
+            self.table.grads.copy_(addresses, non_blocking=True)
 
     def step(self, grads: Sequence[Tensor], hyper: Hyper, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         if grad_scale is not None:
@@ -167,7 +169,7 @@ class Plan:
     """
 
     def __init__(
-        self, groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper], state: Any, *, skippable: bool
+        self, groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper], state: State, *, skippable: bool
     ) -> None:
         self.structure = _structure(groups, hypers, skippable)
         self.group_params = [list(group["params"]) for group in groups]
@@ -183,8 +185,8 @@ class Plan:
         for item in items:
             item.check()
         for item in items:
+            item.state = state.watch(item.param)
             item.complete_state()
-            state[item.param] = item.state
         _separate_shared_memory(items)
 
         by_key: dict[_Key, list[_Item]] = defaultdict(list)
@@ -201,9 +203,8 @@ class Plan:
         items = [item for bucket_key in (bucket.key for bucket in self.buckets) for item in by_key[bucket_key]]
 
         # What `gradients` compares with.
-        self.all_states = list(state.values())
-        self.states = [item.state for item in items]
-        self.state_tensors = list(chain.from_iterable(map(dict.values, self.states)))
+        self.changes = state.changes
+        self.changes.seen = True
         self.first_moments = [moment for bucket in self.buckets for moment in bucket.moments[0]]
         self.first_moment_addresses = list(map(Tensor.data_ptr, self.first_moments))
         self.params = [item.param for item in items]
@@ -220,18 +221,20 @@ class Plan:
         # For all other parameters, assigning `.grad` checks the dtype.
         self.any_dtype = [i for i, p in enumerate(self.params) if getattr(p, "grad_dtype", p.dtype) != p.dtype]
         self.grad_dtypes = [grads[i].dtype for i in self.any_dtype]
+        # Only the imaginary part of a conjugate is negated lazily: every other element of something.
+        self.may_be_neg = [i for i, g in enumerate(grads) if g.numel() < 2 or not g.is_contiguous()]
+        self.grad_neg = [grads[i].is_neg() for i in self.may_be_neg]
 
     def gradients(
-        self, groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper], state: Any, *, skippable: bool
+        self, groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper], state: State, *, skippable: bool
     ) -> list[Tensor] | None:
         """The gradients to step with, in the order of the buckets, or None if the plan no longer fits."""
         params = self.params
         if (
             _structure(groups, hypers, skippable) != self.structure
             or not all(_same(group["params"], known) for group, known in zip(groups, self.group_params, strict=True))
-            or not _same(state.values(), self.all_states)
-            or sum(map(len, self.states)) != len(self.state_tensors)
-            or not all(map(is_, chain.from_iterable(map(dict.values, self.states)), self.state_tensors))
+            or state.changes is not self.changes
+            or not self.changes.seen
             # Offloading code re-points every state at once: the first of each bucket tells.
             or list(map(Tensor.data_ptr, self.first_moments)) != self.first_moment_addresses
             or any(bucket.steps._version != bucket.steps_version for bucket in self.buckets)
@@ -251,22 +254,22 @@ class Plan:
             list(map(Tensor.is_contiguous, grads)) != self.grad_contiguous
             or (self.strided and [grads[i].stride() for i in self.strided] != self.grad_strides)
             or (self.any_dtype and [grads[i].dtype for i in self.any_dtype] != self.grad_dtypes)
+            or (self.may_be_neg and [grads[i].is_neg() for i in self.may_be_neg] != self.grad_neg)
         ):
             return None
-        if addresses != self.grad_addresses and not self._take_addresses(grads, addresses):
+        if addresses != self.grad_addresses and not self._take_addresses(addresses):
             return None
         return grads
 
-    def _take_addresses(self, grads: list[Tensor], addresses: list[int]) -> bool:
-        """Use gradients that lie elsewhere; False if they are not like the ones before."""
-        if list(map(Tensor.numel, grads)) != self.param_numels or any(map(Tensor.is_neg, grads)):
-            return False
+    def _take_addresses(self, addresses: list[int]) -> bool:
+        """Use gradients that lie elsewhere; False if a bucket of aligned ones no longer is."""
+        uploads = torch.frombuffer(array("q", addresses), dtype=torch.int64)
         slices = list(_slices(self.buckets))
-        if any(bucket.key.aligned and reduce(or_, addresses[part]) % _ALIGNMENT for bucket, part in slices):
+        if any(bucket.key.aligned and (uploads[part] % _ALIGNMENT).any() for bucket, part in slices):
             return False
         for bucket, part in slices:
             if addresses[part] != self.grad_addresses[part]:
-                bucket.set_grad_addresses(addresses[part])
+                bucket.set_grad_addresses(uploads[part])
         self.grad_addresses = addresses
         return True
 

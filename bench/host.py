@@ -7,7 +7,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -26,14 +26,17 @@ DESCRIPTION = """\
 Time of step() on the host. On a GPU launches are real, and the queue is drained outside of what is timed; without
 one, the launch is replaced by nothing at the one place that calls kernels, while torch's optimizers on the CPU do
 their (tiny) arithmetic. Tensors have 4 elements. "bare scan" reads the addresses of gradients and parameters, the
-least that any step has to. Providers take turns, each with one step before the one that counts; median and 20th and
-80th percentile."""
-
-Step = Callable[[], Any]
+least that any step has to. "gradients move" gives every parameter another gradient before each step, outside of what
+is timed. Providers take turns, each with one step before the one that counts; median and 20th and 80th percentile."""
 
 
-def providers(count: int, device: torch.device) -> dict[str, Step]:
-    """A step of each optimizer on tensors of its own, which have gradients."""
+class Provider(NamedTuple):
+    step: Callable[[], Any]
+    before: Callable[[], None] = lambda: None  # of every step, not timed
+
+
+def providers(count: int, device: torch.device) -> dict[str, Provider]:
+    """Each optimizer on tensors of its own, which have gradients."""
 
     def params() -> list[nn.Parameter]:
         made = [nn.Parameter(torch.zeros(ELEMENTS, device=device)) for _ in range(count)]
@@ -44,20 +47,18 @@ def providers(count: int, device: torch.device) -> dict[str, Step]:
     ours, moving, scanned = AdamW(params()), AdamW(params()), params()
     spare = [[torch.zeros_like(p) for p in moving.param_groups[0]["params"]] for _ in range(2)]
 
-    def step_with_moving_gradients() -> None:
-        # Not zero_grad(set_to_none=True) and backward, whose time would count: an assignment does the same.
+    def move() -> None:
         spare.reverse()
         for param, grad in zip(moving.param_groups[0]["params"], spare[0], strict=True):
             param.grad = grad
-        moving.step()
 
     return {
-        "bare scan": lambda: [(p.grad.data_ptr(), p.data_ptr()) for p in scanned if p.grad is not None],
-        "adamw_triton": ours.step,
-        "adamw_triton, gradients move": step_with_moving_gradients,
-        "torch fused": torch.optim.AdamW(params(), fused=True).step,
-        "torch foreach": torch.optim.AdamW(params(), foreach=True).step,
-        "torch for-loop": torch.optim.AdamW(params(), foreach=False).step,
+        "bare scan": Provider(lambda: [(p.grad.data_ptr(), p.data_ptr()) for p in scanned if p.grad is not None]),
+        "adamw_triton": Provider(ours.step),
+        "adamw_triton, gradients move": Provider(moving.step, before=move),
+        "torch fused": Provider(torch.optim.AdamW(params(), fused=True).step),
+        "torch foreach": Provider(torch.optim.AdamW(params(), foreach=True).step),
+        "torch for-loop": Provider(torch.optim.AdamW(params(), foreach=False).step),
     }
 
 
@@ -72,15 +73,18 @@ def launches(device: torch.device) -> Iterator[None]:
         yield
 
 
-def sample(steps: dict[str, Step], device: torch.device, seconds: float) -> dict[str, list[float]]:
+def sample(taking_turns: dict[str, Provider], device: torch.device, seconds: float) -> dict[str, list[float]]:
     """Microseconds of each step, taking turns until the time is used; at least three samples after a warm-up."""
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
+    samples: dict[str, list[float]] = {name: [] for name in taking_turns}
+    for step, before in taking_turns.values():
+        before()
         step()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(samples[next(iter(steps))]) < 3:
-        for name, step in steps.items():
+    while time.perf_counter() < end or min(map(len, samples.values())) < 3:
+        for name, (step, before) in taking_turns.items():
+            before()
             step()  # whose turn it is finds its own data in the caches, not the last one's
+            before()
             common.synchronize(device)
             start = time.perf_counter_ns()
             step()
