@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -28,18 +29,64 @@ NUM_WARPS = 4 if torch.version.hip is None else 2
 _NO_SCALARS = Scalars(*[0.0] * len(Scalars._fields))
 
 
+class Configuration(NamedTuple):
+    """How the elements of a launch are dealt out, and a hint to the caches ("", "evict_first", "evict_last")."""
+
+    block_size: int
+    num_warps: int
+    eviction: str = ""
+
+
 class Table(NamedTuple):
     """Several tensors for one launch, on their device; layouts as in `adamw_table_kernel`."""
 
     tensors: Tensor
     grads: Tensor
     chunks: Tensor
-    param_dtype: torch.dtype
-    grad_dtype: torch.dtype
-    exp_avg_dtype: torch.dtype
-    exp_avg_sq_dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]  # of param, grad, exp_avg, exp_avg_sq
     amsgrad: bool
     aligned: bool
+    configuration: Configuration
+
+    @classmethod
+    def of(
+        cls,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        moments: Sequence[Sequence[Tensor]],
+        *,
+        aligned: bool,
+        configuration: Configuration | None = None,
+    ) -> Table:
+        """The table of tensors on one device, of the same dtypes.
+
+        Args:
+            params: dense parameters.
+            grads: of each, with its strides.
+            moments: of each, exp_avg and exp_avg_sq, with amsgrad max_exp_avg_sq, with its strides.
+            aligned: whether all begin at multiples of 16 bytes.
+            configuration: another one than that of these dtypes.
+        """
+        device = params[0].device
+        dtypes = (params[0].dtype, grads[0].dtype, moments[0][0].dtype, moments[0][1].dtype)
+        used = configuration or configuration_of(*dtypes)
+        rows = [
+            [param.numel(), param.data_ptr(), *(moment.data_ptr() for moment in of_param)]
+            for param, of_param in zip(params, moments, strict=True)
+        ]
+        tensors = torch.tensor(rows, dtype=torch.int64)
+        n_chunks = (tensors[:, 0] + used.block_size - 1) // used.block_size
+        tensor = torch.repeat_interleave(torch.arange(len(rows)), n_chunks)
+        block = torch.arange(len(tensor)) - (n_chunks.cumsum(0) - n_chunks)[tensor]
+        return cls(
+            tensors=tensors.to(device),
+            grads=torch.tensor([grad.data_ptr() for grad in grads], dtype=torch.int64).to(device),
+            chunks=torch.stack((tensor, block), dim=1).to(torch.int32).to(device),
+            dtypes=dtypes,
+            amsgrad=tensors.shape[1] == 5,
+            aligned=aligned,
+            configuration=used,
+        )
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -53,8 +100,8 @@ def has_kernels(device: torch.device) -> bool:
     return triton is not None and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
 
 
-def block_size(*dtypes: torch.dtype) -> int:
-    """Elements per program of 128 threads, for the dtypes of parameter, gradient and moments.
+def configuration_of(*dtypes: torch.dtype) -> Configuration:
+    """The fixed configuration for the dtypes of parameter, gradient and moments: programs of 128 threads.
 
     Accesses: with one width, 8 elements a thread (4 of float64), two of 128 bits for each fp32 tensor. With mixed
     widths 4, so that the wide side takes 128 bits and the narrow side 64: at 8 the compiler would move the
@@ -68,7 +115,7 @@ def block_size(*dtypes: torch.dtype) -> int:
     even half a wave. The price is the table, 8 bytes for each 1024 elements, 0.03 % of what these move.
     """
     sizes = {dtype.itemsize for dtype in dtypes}
-    return 1024 if sizes in ({2}, {4}) else 512
+    return Configuration(1024 if sizes in ({2}, {4}) else 512, NUM_WARPS)
 
 
 def launch_tensor(
@@ -82,6 +129,7 @@ def launch_tensor(
     maximize: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    configuration: Configuration | None = None,
 ) -> None:
     """Step one dense, real parameter; all tensors on its device, with its strides.
 
@@ -89,14 +137,15 @@ def launch_tensor(
         scalars: floats, or a float64 row on the device (`device_scalars`).
         grad_scale: one-element device tensor; gradients are divided by it in registers.
         found_inf: one-element device tensor; nothing is written where it is not 0.
+        configuration: another one than that of these dtypes.
     """
     n_elements = param.numel()
     if n_elements == 0:
         return
-    size = block_size(param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype)
+    used = configuration or configuration_of(param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype)
     row, floats = _split(scalars, param)
     with _on(param.device):
-        adamw_kernel[(-(-n_elements // size),)](
+        adamw_kernel[(-(-n_elements // used.block_size),)](
             param,
             grad,
             exp_avg,
@@ -108,8 +157,9 @@ def launch_tensor(
             row,
             *floats,
             maximize,
-            size,
-            num_warps=NUM_WARPS,
+            used.block_size,
+            used.eviction,
+            num_warps=used.num_warps,
         )
 
 
@@ -125,8 +175,7 @@ def launch_table(
     n_chunks = table.chunks.shape[0]
     if n_chunks == 0:
         return
-    dtypes = (table.param_dtype, table.grad_dtype, table.exp_avg_dtype, table.exp_avg_sq_dtype)
-    row, floats = _split(scalars, table.tensors, table.param_dtype)
+    row, floats = _split(scalars, table.tensors, table.dtypes[0])
     with _on(table.tensors.device):
         adamw_table_kernel[(n_chunks,)](
             table.tensors,
@@ -136,12 +185,13 @@ def launch_table(
             found_inf,
             row,
             *floats,
-            *map(_triton_dtype, dtypes),
+            *map(_triton_dtype, table.dtypes),
             table.amsgrad,
             table.aligned,
             maximize,
-            block_size(*dtypes),
-            num_warps=NUM_WARPS,
+            table.configuration.block_size,
+            table.configuration.eviction,
+            num_warps=table.configuration.num_warps,
         )
 
 

@@ -112,7 +112,10 @@ class _Bucket:
             item.state["step"] = step
         self.steps_version = self.steps._version
         self.step_count = key.step
-        self.table = _table(items, key) if key.form == "table" else None
+        self.table = None
+        if key.form == "table":
+            grads = [item.grad for item in items]
+            self.table = launch.Table.of(self.params, grads, self.moments, aligned=key.aligned)
 
     def set_grad_addresses(self, addresses: Tensor) -> None:
         if self.table is not None:
@@ -332,26 +335,3 @@ def _separate_shared_memory(items: Sequence[_Item]) -> None:
             if len(sharing) > 1:
                 for wave, index in enumerate(sorted(sharing)):
                     items[index].wave = wave
-
-
-def _table(items: Sequence[_Item], key: _Key) -> launch.Table:
-    size = launch.block_size(*key.dtypes)
-    rows = [
-        [item.param.numel(), item.param.data_ptr(), *(moment.data_ptr() for moment in item.moments)] for item in items
-    ]
-    tensors = torch.tensor(rows, dtype=torch.int64)
-    n_chunks = (tensors[:, 0] + size - 1) // size
-    tensor = torch.repeat_interleave(torch.arange(len(items)), n_chunks)
-    block = torch.arange(len(tensor)) - (n_chunks.cumsum(0) - n_chunks)[tensor]
-    param_dtype, grad_dtype, exp_avg_dtype, exp_avg_sq_dtype = key.dtypes
-    return launch.Table(
-        tensors=tensors.to(key.device),
-        grads=torch.tensor([item.grad.data_ptr() for item in items], dtype=torch.int64).to(key.device),
-        chunks=torch.stack((tensor, block), dim=1).to(torch.int32).to(key.device),
-        param_dtype=param_dtype,
-        grad_dtype=grad_dtype,
-        exp_avg_dtype=exp_avg_dtype,
-        exp_avg_sq_dtype=exp_avg_sq_dtype,
-        amsgrad=tensors.shape[1] == 5,
-        aligned=key.aligned,
-    )

@@ -43,6 +43,8 @@ import torch
 from adamw_triton import launch
 from adamw_triton.scalars import Scalars
 
+from .listing import Instruction, Listing, full_block_path, parse_amdgcn, parse_sass, split_accesses
+
 # backend, architecture, threads of a warp
 TARGETS: dict[str, tuple[str, int | str, int]] = {
     "sm_80": ("cuda", 80, 32),
@@ -52,7 +54,6 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 }
 KERNELS = ("tensor", "table")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-MAX_PATHS = 10_000
 
 
 @dataclass(frozen=True)
@@ -193,12 +194,10 @@ def compile_variant(variant: Variant) -> Compiled:
                 tensors=torch.zeros(1, 5 if variant.amsgrad else 4, dtype=torch.int64),
                 grads=torch.zeros(1, dtype=torch.int64),
                 chunks=torch.zeros(1, 2, dtype=torch.int32),
-                param_dtype=param,
-                grad_dtype=grad,
-                exp_avg_dtype=exp_avg,
-                exp_avg_sq_dtype=exp_avg_sq,
+                dtypes=(param, grad, exp_avg, exp_avg_sq),
                 amsgrad=variant.amsgrad,
                 aligned=variant.aligned,
+                configuration=launch.configuration_of(param, grad, exp_avg, exp_avg_sq),
             )
             launch.launch_table(table, scalars, maximize=variant.maximize, grad_scale=one, found_inf=one)
         else:
@@ -217,149 +216,6 @@ def compile_variant(variant: Variant) -> Compiled:
 
 
 # Disassembly
-
-
-@dataclass(frozen=True)
-class Instruction:
-    op: str
-    operands: str = ""
-    predicated: bool = False
-    target: str | None = None  # label of a branch
-    falls_through: bool = True
-    exits: bool = False
-
-    @property
-    def is_load(self) -> bool:
-        return re.match(r"LDG?\b|(global|buffer|flat)_load_", self.op) is not None
-
-    @property
-    def is_store(self) -> bool:
-        return re.match(r"STG?\b|(global|buffer|flat)_store_", self.op) is not None
-
-    @property
-    def bytes(self) -> int:
-        """What one thread moves with this load or store: LDG.E.128, STG.E.U16, buffer_load_dwordx4."""
-        amd = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "byte": 1}
-        nvidia = {".256": 32, ".128": 16, ".64": 8, "16": 2, "8": 1, "": 4}
-        return next(size for name, size in (amd if "_" in self.op else nvidia).items() if name in self.op)
-
-
-class Listing(NamedTuple):
-    instructions: list[Instruction]
-    labels: dict[str, int]  # index of the instruction behind each
-
-
-def parse_sass(text: str) -> Listing:
-    """Parse `nvdisasm -c` of one kernel."""
-    listing = Listing([], {})
-    for line in text.splitlines():
-        if label := re.match(r"([.$]\S+):", line):
-            listing.labels[label[1]] = len(listing.instructions)
-        elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
-            predicate, op, operands = code.groups()
-            predicated = predicate is not None and predicate.strip() != "@PT"
-            # BRA P1, `(.L_x_0) has a predicate of its own.
-            branch = re.fullmatch(r"(!?U?P\d+, )?`\((\S+)\)", operands) if op.startswith("BRA") else None
-            if op.startswith(("BRA", "BRX", "JMP", "JMX")) and branch is None:
-                raise ValueError(f"cannot tell where this goes: {line.strip()}")
-            unconditional = not predicated and not (branch and branch[1])
-            target = branch[2] if branch else None
-            leaves = op == "EXIT" or branch is not None
-            listing.instructions.append(
-                Instruction(op, operands, predicated, target, not (leaves and unconditional), op == "EXIT")
-            )
-    return listing
-
-
-def parse_amdgcn(text: str) -> Listing:
-    """Parse LLVM's assembly of one kernel for AMD GPUs."""
-    listing = Listing([], {})
-    for line in text.partition(".Lfunc_end0:")[0].splitlines():
-        if label := re.match(r"(\.L\w+):", line):
-            listing.labels[label[1]] = len(listing.instructions)
-        elif code := re.match(r"\s+([a-z]\w+)\s*([^;]*)", line):
-            op, operands = code[1], code[2].strip()
-            # exec holds the lanes that are active: in a full block there are some.
-            branches = op.startswith(("s_branch", "s_cbranch")) and op != "s_cbranch_execz"
-            falls_through = op not in ("s_branch", "s_cbranch_execnz", "s_endpgm")
-            target = operands if branches else None
-            listing.instructions.append(Instruction(op, operands, False, target, falls_through, op == "s_endpgm"))
-    return listing
-
-
-def paths(listing: Listing) -> Iterator[list[Instruction]]:
-    """Every way from the entry to an exit.
-
-    Raises:
-        ValueError: there is a loop, or more than MAX_PATHS ways.
-    """
-    count = 0
-    pending: list[tuple[int, list[int]]] = [(0, [])]
-    while pending:
-        index, path = pending.pop()
-        going = True
-        while going:
-            if path and index <= path[-1] and index in path:
-                raise ValueError(f"loop at {listing.instructions[index]}")
-            path.append(index)
-            instruction = listing.instructions[index]
-            if instruction.exits:
-                count += 1
-                yield [listing.instructions[i] for i in path]
-            if instruction.target is not None:
-                pending.append((listing.labels[instruction.target], path.copy()))
-            going = instruction.falls_through
-            index += 1
-        if count > MAX_PATHS:
-            raise ValueError(f"more than {MAX_PATHS} paths")
-
-
-def full_block_path(listing: Listing, stored_bytes: int) -> list[Instruction]:
-    """The instructions that a thread of a full block executes.
-
-    Args:
-        stored_bytes: what it stores.
-
-    Raises:
-        ValueError: no path stores that without predicates.
-    """
-
-    def accesses(path: list[Instruction]) -> list[Instruction]:
-        return [i for i in path if i.is_load or i.is_store]
-
-    candidates = [
-        path
-        for path in paths(listing)
-        if sum(i.bytes for i in path if i.is_store) == stored_bytes and not any(i.predicated for i in accesses(path))
-    ]
-    if not candidates:
-        raise ValueError(f"no path stores {stored_bytes} bytes a thread without predicates")
-    return min(candidates, key=lambda path: (len(accesses(path)), -len(path)))
-
-
-def split_accesses(path: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:
-    """Accesses of a path to tensors, whose address depends on the index of the thread, and uniform loads."""
-    if any(i.op == "s_endpgm" for i in path):
-        return [i for i in path if i.is_load or i.is_store], []
-    tensor: list[Instruction] = []
-    uniform: list[Instruction] = []
-    dependent: set[int] = set()  # numbers of the registers made from SR_TID
-    for instruction in path:
-        op = instruction.op
-        written, _, read = instruction.operands.partition(",")
-        depends = "SR_TID" in read or any(int(n) in dependent for n in re.findall(r"\bR(\d+)", read))
-        if instruction.is_store:  # only tensors are written
-            tensor.append(instruction)
-            continue
-        if instruction.is_load:
-            (tensor if depends else uniform).append(instruction)
-        if register := re.match(r"R(\d+)", written):
-            count = 4 if ".128" in op else 2 if re.search(r"\.64|\.WIDE|^CS2R|^D[A-Z]", op) else 1
-            registers = range(int(register[1]), int(register[1]) + count)
-            # What a load brings is data, not the address of a thread.
-            change = dependent.update if depends and not instruction.is_load else dependent.difference_update
-            change(registers)
-    return tensor, uniform
 
 
 def analyse(listing: Listing, *, threads: int, elements: int, stored_bytes: int, **resources: int) -> MachineCode:

@@ -84,9 +84,9 @@ def copy(source: Tensor, target: Tensor) -> None:
 def skeleton(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor) -> None:
     """Move the bytes of an AdamW step, in the block size that the optimizer uses for these dtypes."""
     n_elements = param.numel()
-    size = launch.block_size(param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype)
-    grid = (-(-n_elements // size),)
-    skeleton_kernel[grid](param, grad, exp_avg, exp_avg_sq, n_elements, size, num_warps=launch.NUM_WARPS)
+    used = launch.configuration_of(param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype)
+    grid = (-(-n_elements // used.block_size),)
+    skeleton_kernel[grid](param, grad, exp_avg, exp_avg_sq, n_elements, used.block_size, num_warps=used.num_warps)
 
 
 def copy_bytes(n_bytes: int, device: torch.device) -> tuple[Tensor, Tensor]:

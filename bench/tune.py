@@ -1,17 +1,18 @@
-"""Which block size and number of warps are fastest: what the table in launch.block_size comes from."""
+"""Which block size, number of warps and cache hint are fastest: what launch.configuration_of comes from."""
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from adamw_triton import launch
+from adamw_triton.launch import Configuration
 
 from . import common, peers, records, timing
 from .policies import BY_NAME as POLICIES_BY_NAME
@@ -20,12 +21,14 @@ from .records import Record
 from .throughput import FREE_SHARE, can_measure, free_bytes, needed_bytes, size, size_name, step_scalars
 
 DESCRIPTION = """\
-Sweeps block size and warps, and with them elements per thread, of both kernels on scratch tensors, for every storage
-policy. Kernels are launched with each configuration, in turns; GB/s by the byte formula from events, L2 flushed.
-"chosen" marks what adamw_triton.launch uses. It only prints: configurations stay fixed in the source."""
+Sweeps block size, warps (and with them elements per thread) and the hint to the caches, of both kernels on scratch
+tensors, for every storage policy. Kernels are launched with each configuration, in turns; GB/s by the byte formula
+from events, L2 flushed. "chosen" marks what adamw_triton.launch uses. It only prints: configurations stay fixed in
+the source."""
 
 BLOCK_SIZES = (256, 512, 1024, 2048, 4096)
 NUM_WARPS = (1, 2, 4, 8)
+EVICTIONS = ("", "evict_first", "evict_last")
 MAX_ELEMENTS_PER_THREAD = 32  # four tensors of more would not fit in a thread's registers
 ENTRIES = ("tensor", "table")
 WARP = 32 if torch.version.hip is None else 64
@@ -38,68 +41,46 @@ COLUMNS = {
 }
 
 
-class Configuration(NamedTuple):
-    block_size: int
-    num_warps: int
+def elements_per_thread(one: Configuration) -> int:
+    return one.block_size // (WARP * one.num_warps)
 
-    @property
-    def elements_per_thread(self) -> int:
-        return self.block_size // (WARP * self.num_warps)
 
-    def __str__(self) -> str:
-        return f"block {self.block_size} warps {self.num_warps}"
+def name_of(one: Configuration) -> str:
+    return f"block {one.block_size} warps {one.num_warps} {one.eviction or 'no hint'}"
 
 
 def configurations() -> list[Configuration]:
     """Every configuration whose threads all have elements, and not too many."""
-    every = [Configuration(block, warps) for block in BLOCK_SIZES for warps in NUM_WARPS]
-    return [one for one in every if 1 <= one.elements_per_thread <= MAX_ELEMENTS_PER_THREAD]
+    every = [Configuration(*one) for one in itertools.product(BLOCK_SIZES, NUM_WARPS, EVICTIONS)]
+    return [one for one in every if 1 <= elements_per_thread(one) <= MAX_ELEMENTS_PER_THREAD]
 
 
-def table(tensors: list[Tensor], block_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The three tables of adamw_table_kernel for one param, grad, exp_avg, exp_avg_sq (, max_exp_avg_sq)."""
-    param, grad, *moments = tensors
-    row = [param.numel(), param.data_ptr(), *(moment.data_ptr() for moment in moments)]
-    block = torch.arange(-(-param.numel() // block_size), dtype=torch.int32, device=param.device)
-    return (
-        torch.tensor([row], dtype=torch.int64, device=param.device),
-        torch.tensor([grad.data_ptr()], dtype=torch.int64, device=param.device),
-        torch.stack((torch.zeros_like(block), block), dim=1),
-    )
-
-
-def calls(policy: Policy, tensors: list[Tensor], entry: str, chosen: list[Configuration]) -> dict[str, timing.Call]:
-    """A launch of each configuration on the same tensors."""
+def calls(tensors: list[Tensor], entry: str, chosen: list[Configuration]) -> dict[str, timing.Call]:
+    """A launch of each configuration on the same param, grad, exp_avg, exp_avg_sq (, max_exp_avg_sq)."""
     scalars = step_scalars()
-    n_elements = tensors[0].numel()
+    param, grad, exp_avg, exp_avg_sq, *rest = tensors
+    maximum = rest[0] if rest else None
 
     def tensor_call(one: Configuration) -> timing.Call:
-        arguments = tensors if policy.amsgrad else [*tensors, None]
-        grid = (-(-n_elements // one.block_size),)
-        return lambda: launch.adamw_kernel[grid](
-            *arguments, n_elements, None, None, None, *scalars, False, one.block_size, num_warps=one.num_warps
+        return lambda: launch.launch_tensor(
+            param, grad, exp_avg, exp_avg_sq, maximum, scalars, maximize=False, configuration=one
         )
 
     def table_call(one: Configuration) -> timing.Call:
-        tables = table(tensors, one.block_size)
-        dtypes = [launch._triton_dtype(dtype) for dtype in policy.dtypes]
-        flags = (policy.amsgrad, True, False)  # aligned: these tensors are
-        grid = (tables[2].shape[0],)
-        return lambda: launch.adamw_table_kernel[grid](
-            *tables, None, None, None, *scalars, *dtypes, *flags, one.block_size, num_warps=one.num_warps
-        )
+        table = launch.Table.of([param], [grad], [tensors[2:]], aligned=True, configuration=one)
+        return lambda: launch.launch_table(table, scalars, maximize=False)
 
     make = tensor_call if entry == "tensor" else table_call
-    return {str(one): make(one) for one in chosen}
+    return {name_of(one): make(one) for one in chosen}
 
 
 def rows(policy: Policy, entry: str, elements: int, samples: timing.Samples) -> list[Record]:
     """Records of one sweep, fastest first."""
-    used = Configuration(launch.block_size(*policy.dtypes), launch.NUM_WARPS)
+    used = launch.configuration_of(*policy.dtypes)
     moved = elements * policy.bytes_per_element
     speeds = {name: records.spread([moved / ms / 1e6 for ms in taken]) for name, taken in samples.items()}
     best = max(speed["median"] for speed in speeds.values())
-    by_name = {str(one): one for one in configurations()}
+    by_name = {name_of(one): one for one in configurations()}
     return [
         {
             "command": "tune",
@@ -108,9 +89,8 @@ def rows(policy: Policy, entry: str, elements: int, samples: timing.Samples) -> 
             "policy": policy.name,
             "entry": entry,
             "elements": elements,
-            "block_size": by_name[name].block_size,
-            "num_warps": by_name[name].num_warps,
-            "elements_per_thread": by_name[name].elements_per_thread,
+            **by_name[name]._asdict(),
+            "elements_per_thread": elements_per_thread(by_name[name]),
             "gb_per_s": speed,
             "of_best": speed["median"] / best,
             "chosen": by_name[name] == used,
@@ -135,7 +115,7 @@ def measure(options: argparse.Namespace) -> list[Record]:
             assert param.grad is not None
             tensors = [param.detach(), param.grad, *moments.values()]
             for entry in options.entry or ENTRIES:
-                made = calls(policy, tensors, entry, configurations())
+                made = calls(tensors, entry, configurations())
                 samples = timing.device_ms(made, device, samples=options.samples, flush=flush)
                 found += rows(policy, entry, options.size, samples)
             del param, moments, tensors, made

@@ -84,36 +84,36 @@ def _adamw_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, AMS
 
 
 @triton.jit
-def _load(ptr, offsets, mask, DTYPE: tl.constexpr):
-    return tl.load(ptr + offsets, mask=mask).to(DTYPE)
+def _load(ptr, offsets, mask, DTYPE: tl.constexpr, EVICTION: tl.constexpr):
+    return tl.load(ptr + offsets, mask=mask, eviction_policy=EVICTION).to(DTYPE)
 
 
 @triton.jit
-def _store(ptr, offsets, value, mask):
-    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=mask)
+def _store(ptr, offsets, value, mask, EVICTION: tl.constexpr):
+    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=mask, eviction_policy=EVICTION)
 
 
 @triton.jit
-def _step_elements(ptrs, offsets, mask, grad_factor, scalars, DTYPE: tl.constexpr):
+def _step_elements(ptrs, offsets, mask, grad_factor, scalars, DTYPE: tl.constexpr, EVICTION: tl.constexpr):
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr = ptrs
     AMSGRAD: tl.constexpr = max_exp_avg_sq_ptr is not None
-    param = _load(param_ptr, offsets, mask, DTYPE)
-    grad = _load(grad_ptr, offsets, mask, DTYPE)
-    exp_avg = _load(exp_avg_ptr, offsets, mask, DTYPE)
-    exp_avg_sq = _load(exp_avg_sq_ptr, offsets, mask, DTYPE)
+    param = _load(param_ptr, offsets, mask, DTYPE, EVICTION)
+    grad = _load(grad_ptr, offsets, mask, DTYPE, EVICTION)
+    exp_avg = _load(exp_avg_ptr, offsets, mask, DTYPE, EVICTION)
+    exp_avg_sq = _load(exp_avg_sq_ptr, offsets, mask, DTYPE, EVICTION)
     max_exp_avg_sq = exp_avg_sq
     if AMSGRAD:
-        max_exp_avg_sq = _load(max_exp_avg_sq_ptr, offsets, mask, DTYPE)
+        max_exp_avg_sq = _load(max_exp_avg_sq_ptr, offsets, mask, DTYPE, EVICTION)
     if grad_factor is not None:
         grad = grad * grad_factor
     param, exp_avg, exp_avg_sq, max_exp_avg_sq = _adamw_update(
         param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, AMSGRAD
     )
-    _store(param_ptr, offsets, param, mask)
-    _store(exp_avg_ptr, offsets, exp_avg, mask)
-    _store(exp_avg_sq_ptr, offsets, exp_avg_sq, mask)
+    _store(param_ptr, offsets, param, mask, EVICTION)
+    _store(exp_avg_ptr, offsets, exp_avg, mask, EVICTION)
+    _store(exp_avg_sq_ptr, offsets, exp_avg_sq, mask, EVICTION)
     if AMSGRAD:
-        _store(max_exp_avg_sq_ptr, offsets, max_exp_avg_sq, mask)
+        _store(max_exp_avg_sq_ptr, offsets, max_exp_avg_sq, mask, EVICTION)
 
 
 @triton.jit
@@ -140,6 +140,7 @@ def _step_block(
     scalars,
     MAXIMIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     """Step the `block`-th BLOCK_SIZE elements of one tensor."""
     if found_inf_ptr is not None:
@@ -168,9 +169,9 @@ def _step_block(
     remaining = n_elements - start
     # A mask whose bound is not a multiple of 16 splits every 128-bit access in four: full blocks have none.
     if remaining >= BLOCK_SIZE:
-        _step_elements(ptrs, offsets, None, grad_factor, scalars, DTYPE)
+        _step_elements(ptrs, offsets, None, grad_factor, scalars, DTYPE, EVICTION)
     else:
-        _step_elements(ptrs, offsets, offsets < remaining.to(tl.int32), grad_factor, scalars, DTYPE)
+        _step_elements(ptrs, offsets, offsets < remaining.to(tl.int32), grad_factor, scalars, DTYPE, EVICTION)
 
 
 @triton.jit(do_not_specialize=["n_elements"])
@@ -193,9 +194,11 @@ def adamw_kernel(
     eps,
     MAXIMIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    EVICTION: tl.constexpr = "",
 ):
     """Step one tensor of n_elements; one program for each BLOCK_SIZE elements.
 
+    EVICTION is a hint to the caches for all tensors: "", "evict_first" or "evict_last".
     `max_exp_avg_sq_ptr`, `grad_scale_ptr`, `found_inf_ptr` and `scalars_ptr` may be None: the compiled
     kernel then has no trace of them.
     """
@@ -209,6 +212,7 @@ def adamw_kernel(
         (decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps),
         MAXIMIZE,
         BLOCK_SIZE,
+        EVICTION,
     )
 
 
@@ -243,6 +247,7 @@ def adamw_table_kernel(
     ALIGNED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    EVICTION: tl.constexpr = "",
 ):
     """Step a table of tensors; one program for each chunk of BLOCK_SIZE elements.
 
@@ -275,4 +280,5 @@ def adamw_table_kernel(
         (decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps),
         MAXIMIZE,
         BLOCK_SIZE,
+        EVICTION,
     )

@@ -191,33 +191,33 @@ def test_sizes():
 
 
 def test_every_thread_of_a_configuration_has_elements():
-    assert all(1 <= one.elements_per_thread <= tune.MAX_ELEMENTS_PER_THREAD for one in tune.configurations())
-    for policy in POLICIES:
-        used = tune.Configuration(launch.block_size(*policy.dtypes), launch.NUM_WARPS)
-        assert used in tune.configurations()
+    every = tune.configurations()
+    assert all(1 <= tune.elements_per_thread(one) <= tune.MAX_ELEMENTS_PER_THREAD for one in every)
+    assert all(launch.configuration_of(*policy.dtypes) in every for policy in POLICIES)
+    assert {one.eviction for one in every} == set(tune.EVICTIONS)
 
 
 @needs_kernels
 @pytest.mark.parametrize("entry", tune.ENTRIES)
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_configurations_step_alike(policy, entry):
-    configurations = [tune.Configuration(256, 4), tune.Configuration(512, 8)]
+    configurations = [tune.Configuration(256, 4), tune.Configuration(512, 8, "evict_first")]
     results = []
     for one in configurations:
         torch.manual_seed(1)
         (param,), (moments,) = peers.problem([(700,)], policy, CPU)
         tensors = [param.detach(), param.grad, *moments.values()]
         before = [tensor.clone() for tensor in tensors]
-        tune.calls(policy, tensors, entry, configurations)[str(one)]()
+        tune.calls(tensors, entry, configurations)[tune.name_of(one)]()
         assert not torch.equal(before[2], tensors[2]) and torch.equal(before[1], tensors[1])
         results.append(tensors)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 def test_tune_rows_are_sorted_and_mark_what_is_used():
-    used = tune.Configuration(launch.block_size(*[torch.float32] * 4), launch.NUM_WARPS)
-    samples = {str(one): [1.0] for one in tune.configurations()}
-    samples[str(used)] = [0.5]
+    used = launch.configuration_of(*[torch.float32] * 4)
+    samples = {tune.name_of(one): [1.0] for one in tune.configurations()}
+    samples[tune.name_of(used)] = [0.5]
     first, second, *_ = tune.rows(BY_NAME["fp32"], "table", 2**20, samples)
     assert first["chosen"] and first["of_best"] == 1 and first["gb_per_s"]["median"] == pytest.approx(2**20 * 28 / 5e5)
     assert not second["chosen"] and second["of_best"] == 0.5

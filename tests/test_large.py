@@ -15,7 +15,8 @@ HYPER = Hyper.of(OPTIONS)
 @pytest.mark.parametrize("far", [2**31 - 2048, 2**31, 2**32 + 1024, 2**40], ids=lambda n: f"{n:.3g}")
 def test_last_blocks_of_a_large_tensor(dtype, far, device):
     """The table says that the tensor begins `far` elements before its memory and ends with it."""
-    size = launch.block_size(*[dtype] * 4)
+    configuration = launch.configuration_of(*[dtype] * 4)
+    size = configuration.block_size
     guard = Guarded()
     tensors = [guard.place(t) for t in random_state((2 * size + 77,), (dtype,) * 4, device)]
     before = [t.clone() for t in tensors]
@@ -25,12 +26,10 @@ def test_last_blocks_of_a_large_tensor(dtype, far, device):
         tensors=torch.tensor([[far + tensors[0].numel(), param, exp_avg, exp_avg_sq]], device=device),
         grads=torch.tensor([grad], device=device),
         chunks=torch.tensor([[0, first], [0, first + 1], [0, first + 2]], dtype=torch.int32, device=device),
-        param_dtype=dtype,
-        grad_dtype=dtype,
-        exp_avg_dtype=dtype,
-        exp_avg_sq_dtype=dtype,
+        dtypes=(dtype,) * 4,
         amsgrad=False,
         aligned=True,
+        configuration=configuration,
     )
     launch.launch_table(table, host_scalars(HYPER, 5), maximize=False)
     guard.assert_untouched()

@@ -11,18 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.machine_code import (
-    KERNELS,
-    TARGETS,
-    Failure,
-    MachineCode,
-    Variant,
-    analyse,
-    examine_all,
-    parse_amdgcn,
-    parse_sass,
-    paths,
-)
+from bench.listing import parse_amdgcn, parse_sass, paths
+from bench.machine_code import KERNELS, TARGETS, Failure, MachineCode, Variant, analyse, examine_all
 
 TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
 
@@ -128,7 +118,7 @@ def test_no_spill_call_barrier_or_shared_memory(variant, machine_code):
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_registers_leave_room_for_1024_threads_per_multiprocessor(variant, machine_code):
-    # As launch.block_size counts on.
+    # As launch.configuration_of counts on.
     assert machine_code(variant).registers <= 64
 
 
@@ -194,7 +184,9 @@ def tensor(scalars, size=3, offset=0):
 def table(scalars, size=3):
     long = {"dtype": torch.int64}
     tables = torch.zeros(size, 4, **long), torch.zeros(size, **long), torch.zeros(size, 2, dtype=torch.int32)
-    launch.launch_table(launch.Table(*tables, *[torch.float32] * 4, False, True), scalars, maximize=False)
+    dtypes = (torch.float32,) * 4
+    table = launch.Table(*tables, dtypes, False, True, launch.configuration_of(*dtypes))
+    launch.launch_table(table, scalars, maximize=False)
 
 scalars = Scalars(*[0.5] * 7)
 with compiling("sm_90") as aligned:

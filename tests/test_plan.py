@@ -312,7 +312,7 @@ def test_device_memory_of_the_plan(device):
         p.grad = torch.zeros_like(p)
     optimizer.step()
     (bucket,) = optimizer._plan.buckets
-    n_chunks = sum(-(-p.numel() // launch.block_size(*bucket.key.dtypes)) for p in params)
+    n_chunks = sum(-(-p.numel() // bucket.table.configuration.block_size) for p in params)
     tables = (bucket.table.tensors, bucket.table.grads, bucket.table.chunks)
     used = sum(t.numel() * t.element_size() for t in tables)
     assert bucket.table.chunks.shape == (n_chunks, 2)
