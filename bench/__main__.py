@@ -9,11 +9,12 @@ import sys
 COMMANDS = {
     "train": "train a small GPT with torch's AdamW and with ours, and compare (the default)",
     "static": "what the kernels compile to, and what follows for GPUs that need not be here",
+    "arithmetic": "error of the kernel's square root and division, by emulation",
     "host": "time of step() on the host, for 10 to 10,000 tensors",
     "throughput": "bytes per second of one tensor's step, next to copies of as many bytes (GPU)",
     "models": "one step on the parameter lists of real models, ours and every peer's (GPU)",
     "tune": "the sweep that the fixed configurations come from (GPU)",
-    "suite": "static, host, throughput and models, as far as this machine can, into one JSON",
+    "suite": "static, arithmetic, host, throughput and models, as far as this machine can, into one JSON",
     "plot": "draw a result",
     "compare": "ratios between two results, with their spread",
     "readme": "write the README's tables from results, or check that they agree",

@@ -6,8 +6,7 @@ import argparse
 import gc
 import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,29 +113,6 @@ def _record(name: str, policy: Policy, peer: peers.Peer) -> Record:
     }
 
 
-class Starter:
-    """Starts peers, as long as those that compile have not used up their seconds."""
-
-    def __init__(self, compile_seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.allowed = compile_seconds
-        self.used = 0.0
-        self.clock = clock
-
-    def start(
-        self, peer: peers.Peer, params: Sequence[Tensor], policy: Policy, moments: peers.Moments
-    ) -> peers.Stepper | str:
-        """Its optimizer, or why there is none."""
-        if peer.compiles and self.used > self.allowed:
-            return f"not compiled: {self.allowed:g} s of compiling are used up; see --compile-seconds"
-        begin = self.clock()
-        try:
-            return peers.start(peer, params, policy, moments)
-        except peers.Unavailable as error:
-            return str(error)
-        finally:
-            self.used += self.clock() - begin if peer.compiles else 0.0
-
-
 def measure_list(
     name: str,
     listed: Sequence[tuple[int, ...]],
@@ -144,22 +120,15 @@ def measure_list(
     policy: Policy,
     chosen: Sequence[peers.Peer],
     options: argparse.Namespace,
-    starter: Starter,
+    starter: peers.Starter,
 ) -> list[Record]:
     """One record for each provider on one list of shapes."""
     device: torch.device = options.device
     rows = {peer.name: _record(name, policy, peer) for peer in chosen}
-    if any(peer.compiles for peer in chosen):
-        # Otherwise the ninth step function that a process compiles would silently run as it is.
-        torch._dynamo.reset()
     params, moments = peers.problem(listed, policy, device)
-    steps: dict[str, timing.Call] = {}
-    for peer in chosen:
-        started = starter.start(peer, params, policy, moments)
-        if isinstance(started, str):
-            rows[peer.name]["error"] = started
-        else:
-            steps[peer.name] = started.step
+    steps, errors = starter.start(chosen, params, policy, moments)
+    for provider, reason in errors.items():
+        rows[provider]["error"] = reason
 
     limits = {"samples": options.steps, "seconds": options.seconds}
     wall = timing.wall_ms(steps, device, **limits)
@@ -186,7 +155,7 @@ def measure_list(
 
 
 def measure_model(
-    name: str, policy: Policy, chosen: Sequence[peers.Peer], options: argparse.Namespace, starter: Starter
+    name: str, policy: Policy, chosen: Sequence[peers.Peer], options: argparse.Namespace, starter: peers.Starter
 ) -> list[Record]:
     """The same for a model, divided until it fits; what goes wrong as a whole is the error of every row."""
     room = int(FREE_SHARE * free_bytes(options.device) / bytes_per_element(policy, chosen))
@@ -212,7 +181,7 @@ def measure(options: argparse.Namespace) -> list[Record]:
                 found += [{**_record(name, policy, peer), "error": reason} for peer in chosen]
         return found
 
-    starter = Starter(options.compile_seconds)
+    starter = peers.Starter(options.compile_seconds)
     for policy in policies:
         for name in options.model or shapes.MODELS:
             found += measure_model(name, policy, chosen, options, starter)

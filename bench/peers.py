@@ -7,6 +7,7 @@ depend on the values. What a peer computes otherwise than torch.optim.AdamW in f
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from adamw_triton import AdamW
 
 from . import common
 from .policies import Policy
+from .timing import Call
 
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
@@ -108,6 +110,36 @@ def start(peer: Peer, params: Sequence[Tensor], policy: Policy, moments: Moments
         lines = str(error).strip().splitlines()
         raise Unavailable(f"{type(error).__name__}: {lines[0] if lines else 'no message'}") from error
     return stepper
+
+
+class Starter:
+    """Starts peers, as long as those that compile have not used up their seconds."""
+
+    def __init__(self, compile_seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.allowed = compile_seconds
+        self.used = 0.0
+        self.clock = clock
+
+    def start(
+        self, chosen: Sequence[Peer], params: Sequence[Tensor], policy: Policy, moments: Moments
+    ) -> tuple[dict[str, Call], dict[str, str]]:
+        """The step of each peer by name, and why there is none of the others."""
+        if any(peer.compiles for peer in chosen):
+            # Otherwise the ninth step function that a process compiles would silently run as it is.
+            torch._dynamo.reset()
+        steps: dict[str, Call] = {}
+        errors: dict[str, str] = {}
+        for peer in chosen:
+            if peer.compiles and self.used > self.allowed:
+                errors[peer.name] = f"not compiled: {self.allowed:g} s of compiling are used up; see --compile-seconds"
+                continue
+            begin = self.clock()
+            try:
+                steps[peer.name] = start(peer, params, policy, moments).step
+            except Unavailable as error:
+                errors[peer.name] = str(error)
+            self.used += self.clock() - begin if peer.compiles else 0.0
+        return steps, errors
 
 
 def _share(optimizer: Optimizer, params: Sequence[Tensor], moments: Moments, step_on_device: bool = False) -> None:

@@ -58,7 +58,39 @@ def static(document: dict[str, Any]) -> str:
     return markdown(["policy", "entry", "bytes", *targets], rows) + conditions(document)
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"host": host, "static": static}
+def arithmetic(document: dict[str, Any]) -> str:
+    found = [r for r in document["records"] if r["command"] == "arithmetic"]
+    cells = [f"{r['rms_ulp']:.2f}" for r in found]
+    return markdown([r["provider"] for r in found], [cells]) + conditions(document)
+
+
+def memory(document: dict[str, Any]) -> str:
+    found = {r["policy"]: r for r in document["records"] if r["command"] == "static" and "state_bytes" in r}
+    rows = [
+        [r["storage"], str(r["state_bytes"]), f"{r['read_bytes']} + {r['written_bytes']} = {r['bytes_per_element']}"]
+        for r in found.values()
+    ]
+    headings = ["stored", "state, bytes per parameter", "read + written per step, bytes"]
+    return markdown(headings, rows) + conditions(document)
+
+
+def train(document: dict[str, Any]) -> str:
+    """The main job, whose result has a form of its own."""
+    rows = []
+    for index, run in enumerate(document["runs"]):
+        differences = [f"{run['difference'][name]:.1g}" if index else "" for name in ("loss", "weight")]
+        rows.append([run["label"], f"{run['validation_loss']:.4f}", *differences])
+    headings = ["optimizer", "validation loss", "largest difference of losses", "of weights"]
+    return markdown(headings, rows) + conditions(document)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "arithmetic": arithmetic,
+    "host": host,
+    "memory": memory,
+    "static": static,
+    "train": train,
+}
 
 
 def rewritten(text: str) -> str:

@@ -13,11 +13,11 @@ from rich.console import Console
 from . import common, records
 from .records import Record
 
-COMMANDS = ("static", "host", "throughput", "models")
+COMMANDS = ("static", "arithmetic", "host", "throughput", "models")
 NEEDS_GPU = ("throughput", "models")
 DESCRIPTION = """\
-Run static, host, throughput and models with their default options, print their tables and write one JSON, by
-default bench/results/<device>/suite.json. Takes less than 9 minutes with a GPU and 3 without one, where throughput
+Run static, arithmetic, host, throughput and models with their default options and write one JSON, by default
+bench/results/<device>/suite.json. Takes less than 9 minutes with a GPU and 3 without one, where throughput
 and models are marked as not measured."""
 
 

@@ -25,11 +25,15 @@ Bytes per second of one step of one tensor by the byte formula: parameter, gradi
 gradient written once. "tensor" is the launch of foreach=False, "table" that of foreach=True. Next to them a copy of
 as many bytes, read and written counted, by Tensor.copy_ and by 128-bit accesses in Triton, and a kernel without math
 that reads four tensors and writes three. Times are between events around the launch, which was prepared before;
-the L2 cache is flushed before each; providers take turns; median and 20th and 80th percentile."""
+the L2 cache is flushed before each; providers take turns; median and 20th and 80th percentile. Other peers than torch
+fused have no launch to call: for them it is all of step(), which at small sizes is their time on the host; GB/s counts
+what they store themselves. A peer whose own state does not fit beside the rest is left out."""
 
 TENSOR, TABLE = "adamw_triton tensor", "adamw_triton table"
 TORCH_COPY, OUR_COPY, SKELETON = "copy (Tensor.copy_)", "copy (Triton)", "skeleton 4R3W"
 PROVIDERS = (TENSOR, TABLE, peers.FUSED, TORCH_COPY, OUR_COPY, SKELETON)
+# Those whose whole step() is timed.
+STEPPED = [peer for peer in peers.PEERS if peer.name not in (peers.OURS, peers.OURS_EACH, peers.FUSED)]
 EXPONENTS = range(10, 31, 2)
 FREE_SHARE = 0.85
 
@@ -46,6 +50,27 @@ def needed_bytes(policy: Policy, elements: int) -> int:
     """The tensors of a step, and the source and target of a copy that moves as many bytes as it."""
     stored = policy.param.itemsize + policy.grad.itemsize + policy.state_bytes
     return elements * (stored + policy.bytes_per_element)
+
+
+def moved_bytes(policy: Policy, elements: int, peer: peers.Peer) -> int:
+    """What a peer's step must read and write: all it stores and the gradient, and all it stores."""
+    stored = policy.param.itemsize + (peer.own_state(policy) if peer.own_state else policy.state_bytes)
+    return round(elements * (2 * stored + policy.grad.itemsize))
+
+
+def peers_that_fit(policy: Policy, elements: int, room: float) -> tuple[list[peers.Peer], dict[str, str]]:
+    """The peers for whose own state and temporaries there is room, and why not the others."""
+    chosen: list[peers.Peer] = []
+    errors: dict[str, str] = {}
+    left = room - 2 * elements * policy.param.itemsize  # what torch's foreach makes for a moment
+    for peer in STEPPED:
+        own = elements * (peer.own_state(policy) if peer.own_state else 0)
+        if own <= left:
+            chosen.append(peer)
+            left -= own
+        else:
+            errors[peer.name] = f"its state needs {own / 1e9:.1f} GB, {max(left, 0) / 1e9:.1f} are left"
+    return chosen, errors
 
 
 def can_measure(device: torch.device) -> bool:
@@ -67,7 +92,14 @@ def step_scalars() -> Scalars:
 class Case:
     """One tensor and its state, and what every provider does with them; each moves `bytes` in a call."""
 
-    def __init__(self, policy: Policy, elements: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        elements: int,
+        device: torch.device,
+        stepped: Sequence[peers.Peer] = (),
+        starter: peers.Starter | None = None,
+    ) -> None:
         (self.param,), (self.moments,) = peers.problem([(elements,)], policy, device)
         assert self.param.grad is not None
         self.policy = policy
@@ -88,6 +120,12 @@ class Case:
             (SKELETON, self._skeleton),
         ):
             self._add(name, make, device)
+        if stepped and starter is not None:
+            steps, errors = starter.start(stepped, [self.param], policy, [self.moments])
+            self.calls.update(steps)
+            self.errors.update(errors)
+        for peer in stepped:
+            self.bytes[peer.name] = moved_bytes(policy, elements, peer)
 
     def _add(self, name: str, make: Callable[[], dict[str, timing.Call]], device: torch.device) -> None:
         try:
@@ -173,9 +211,11 @@ def rates(
         for name, taken in samples.items()
     }
     medians = {name: speed["median"] for name, speed in speeds.items()}
+    differs = {peer.name: peer.differs for peer in STEPPED}
+    versions = {peer.name: peer.version for peer in STEPPED} | {peers.FUSED: torch.__version__}
     copies = [medians[name] for name in (TORCH_COPY, OUR_COPY) if name in medians]
     found: list[Record] = []
-    for name in PROVIDERS:
+    for name in (*PROVIDERS, *(peer.name for peer in STEPPED)):
         row: Record = {
             "command": "throughput",
             "case": f"{policy.name} {size_name(elements)}",
@@ -183,6 +223,8 @@ def rates(
             "policy": policy.name,
             "elements": elements,
             "bytes_per_element": policy.bytes_per_element,
+            "differs": differs.get(name, ""),
+            "version": versions.get(name),
         }
         if name in speeds:
             row["gb_per_s"] = speeds[name]
@@ -220,6 +262,7 @@ def measure(options: argparse.Namespace) -> list[Record]:
     known = devices.find(common.device_name(device))
     nominal = known.bandwidth if known else None
     found: list[Record] = []
+    starter = peers.Starter(options.compile_seconds)
     with torch.cuda.device(device):
         flush = timing.Flush(device)
         for policy in policies:
@@ -230,9 +273,10 @@ def measure(options: argparse.Namespace) -> list[Record]:
                     case = f"{policy.name} {size_name(elements)}"
                     found += _errors(policy, case, f"needs {needed / 1e9:.1f} GB, {room / 1e9:.1f} may be used")
                     continue
-                made = Case(policy, elements, device)
+                stepped, errors = peers_that_fit(policy, elements, room - needed)
+                made = Case(policy, elements, device, stepped, starter)
                 samples = timing.device_ms(made.calls, device, samples=options.samples, flush=flush)
-                found += rates(policy, elements, made.bytes, samples, made.errors, nominal)
+                found += rates(policy, elements, made.bytes, samples, errors | made.errors, nominal)
                 del made
     return found
 
@@ -252,6 +296,12 @@ def add_options(parser: common.Parser) -> None:
     add("--sizes", type=size, nargs="+", default=[2**n for n in EXPONENTS], help="elements of the tensor, like 2^20")
     add("--dtype", action="append", choices=POLICIES_BY_NAME, help="storage policy; may be repeated; without it all")
     add("--samples", type=common.positive_int, default=50, help="of each provider and size")
+    add(
+        "--compile-seconds",
+        type=common.non_negative_float,
+        default=60.0,
+        help="after that, peers that compile are left out",
+    )
     add("--max-bytes", type=common.positive_int, default=2**40, help="skip larger cases, whatever fits")
     add("--device", type=common.device, default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
 
@@ -264,6 +314,8 @@ def main(argv: list[str]) -> int:
     found = measure(options)
     console = Console(width=None if sys.stdout.isatty() else 150)
     console.print(records.table(f"Throughput on {common.device_name(options.device)}", found, COLUMNS))
+    for name, text in {row["provider"]: row["differs"] for row in found if row.get("differs")}.items():
+        console.print(f"{name}: {text}")
     formula = ", ".join(f"{p.name} {p.read_bytes} read + {p.written_bytes} written" for p in POLICIES)
     console.print(f"Bytes per element: {formula}")
     if options.json:

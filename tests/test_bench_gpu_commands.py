@@ -240,16 +240,26 @@ def as_if_on_a_gpu(monkeypatch):
 
 
 @needs_kernels
-def test_throughput_from_end_to_end(as_if_on_a_gpu, tmp_path):
+def test_throughput_from_end_to_end(as_if_on_a_gpu, tmp_path, monkeypatch):
+    for_loop = peers.BY_NAME["torch for-loop"]
+    missing = peers.Peer("missing", "no-such-package", "nothing", for_loop.factory)
+    large = peers.Peer("large", "torch", "", for_loop.factory, own_state=lambda policy: 10**6)
+    monkeypatch.setattr(throughput, "STEPPED", [for_loop, missing, large])
     path = tmp_path / "result.json"
     argv = ["--sizes", "2^10", "2^20", "--dtype", "fp32", "--dtype", "bf16-param-grad", "--json", str(path)]
     assert throughput.main([*argv, "--samples", "2", "--device", "cpu"]) == 0
     found = records.read(path)["records"]
-    assert len(found) == 2 * 2 * len(throughput.PROVIDERS)
+    providers = [*throughput.PROVIDERS, "torch for-loop", "missing", "large"]
+    # What does not fit at all is a row of those that are always there.
+    assert len(found) == 2 * (len(providers) + len(throughput.PROVIDERS))
     for row in found:
         if row["case"].endswith("2^20"):
             assert row["error"].startswith("needs 0.0 GB")
-        elif row["provider"] == peers.FUSED and row["policy"] == "bf16-param-grad":
+        elif row["provider"] == "missing":
+            assert row["error"] == "no-such-package is not installed" and row["differs"] == "nothing"
+        elif row["provider"] == "large":
+            assert row["error"].startswith("its state needs 1.0 GB, 0.0 are left")
+        elif row["provider"] in (peers.FUSED, "torch for-loop") and row["policy"] == "bf16-param-grad":
             assert row["error"]  # torch refuses
         else:
             assert row["gb_per_s"]["n"] == 2 and row["of_copy"] > 0 and row["of_skeleton"] > 0
@@ -328,12 +338,13 @@ def test_compiling_has_a_limit(clock):
         return SimpleNamespace(step=lambda: None)
 
     peer = peers.Peer("compiles", "torch", "", slow, compiles=True)
-    starter = models.Starter(60, clock)
+    starter = peers.Starter(60, clock)
+    chosen = [peer, peers.BY_NAME["torch for-loop"]]
     params, moments = peers.problem([(3,)], BY_NAME["fp32"], CPU)
-    arguments = (peer, params, BY_NAME["fp32"], moments)
-    assert not isinstance(starter.start(*arguments), str)
-    assert starter.start(*arguments).startswith("not compiled: 60 s")
-    assert not isinstance(starter.start(peers.BY_NAME["torch for-loop"], *arguments[1:]), str)
+    steps, errors = starter.start(chosen, params, BY_NAME["fp32"], moments)
+    assert steps.keys() == {"compiles", "torch for-loop"} and not errors
+    steps, errors = starter.start(chosen, params, BY_NAME["fp32"], moments)
+    assert steps.keys() == {"torch for-loop"} and errors["compiles"].startswith("not compiled: 60 s")
 
 
 def test_lists_are_divided_until_all_providers_fit(reference, monkeypatch):

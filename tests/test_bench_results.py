@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -174,10 +177,21 @@ def test_host_launches_nothing_and_scans_everything(monkeypatch):
     assert growth["adamw_triton"] > 0.5 * growth["bare scan"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU marks")
-def test_suite_marks_what_it_could_not_measure(tmp_path, monkeypatch):
-    monkeypatch.setattr(host, "COUNTS", (10,))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU measures and marks")
+def test_suite_in_under_three_minutes(tmp_path):
     path = tmp_path / "suite.json"
-    assert suite.main(["--only", "throughput", "models", "--output", str(path)]) == 0
-    found = records.read(path)["records"]
-    assert [r["error"] for r in found] == ["not measured: no GPU"] * 2
+    command = [sys.executable, "-m", "bench", "suite", "--output", str(path)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run(command, check=True, cwd=readme.ROOT, env=environment, timeout=180)
+    by_command = {}
+    for record in records.read(path)["records"]:
+        by_command.setdefault(record["command"], []).append(record)
+    assert tuple(by_command) == suite.COMMANDS
+    for command, found in by_command.items():
+        failed = [record for record in found if "error" in record]
+        if command in suite.NEEDS_GPU:
+            assert [record["error"] for record in failed] == ["not measured: no GPU"] and len(found) == 1
+        elif command == "static":  # Triton 3.4's wheel cannot link for AMD
+            assert {record["target"] for record in failed} <= {"gfx942"} and len(failed) < len(found)
+        else:
+            assert found and not failed
