@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -25,9 +26,10 @@ GROWTH = (161, 1000)  # tensors between which the time of one more is taken
 DESCRIPTION = """\
 Time of step() on the host. On a GPU launches are real, and the queue is drained outside of what is timed; without
 one, the launch is replaced by nothing at the one place that calls kernels, while torch's optimizers on the CPU do
-their (tiny) arithmetic. Tensors have 4 elements. "bare scan" reads the addresses of gradients and parameters, the
-least that any step has to. "gradients move" gives every parameter another gradient before each step, outside of what
-is timed. Providers take turns, each with one step before the one that counts; median and 20th and 80th percentile."""
+their (tiny) arithmetic, on one thread. Tensors have 4 elements. "bare scan" reads the addresses of gradients and
+parameters, the least that any step has to. "gradients move" gives every parameter another gradient before each step,
+outside of what is timed. Providers take turns, each with one step before the one that counts; median and 20th and
+80th percentile, without Python's garbage collector."""
 
 
 class Provider(NamedTuple):
@@ -67,6 +69,8 @@ def launches(device: torch.device) -> Iterator[None]:
     """On a GPU, nothing; elsewhere the step believes in kernels whose launch does nothing."""
     with ExitStack() as stack:
         if device.type != "cuda":
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            torch.set_num_threads(1)
             for name in ("launch_tensor", "launch_table"):
                 stack.enter_context(mock.patch.object(launch, name, lambda *args, **options: None))
             stack.enter_context(mock.patch.object(launch, "has_kernels", lambda device: True))
@@ -80,15 +84,20 @@ def sample(taking_turns: dict[str, Provider], device: torch.device, seconds: flo
         before()
         step()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, samples.values())) < 3:
-        for name, (step, before) in taking_turns.items():
-            before()
-            step()  # whose turn it is finds its own data in the caches, not the last one's
-            before()
-            common.synchronize(device)
-            start = time.perf_counter_ns()
-            step()
-            samples[name].append((time.perf_counter_ns() - start) / 1e3)
+    gc.collect()
+    gc.disable()  # as timeit does
+    try:
+        while time.perf_counter() < end or min(map(len, samples.values())) < 3:
+            for name, (step, before) in taking_turns.items():
+                before()
+                step()  # whose turn it is finds its own data in the caches, not the last one's
+                before()
+                common.synchronize(device)
+                start = time.perf_counter_ns()
+                step()
+                samples[name].append((time.perf_counter_ns() - start) / 1e3)
+    finally:
+        gc.enable()
     return samples
 
 

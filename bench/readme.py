@@ -38,13 +38,17 @@ def conditions(document: dict[str, Any]) -> str:
 
 
 def host(document: dict[str, Any]) -> str:
-    found = [r for r in document["records"] if r["command"] == "host" and "host_us" in r]
+    of_host = [r for r in document["records"] if r["command"] == "host"]
+    found = [r for r in of_host if "host_us" in r]
+    growth = {r["provider"]: f"{r['host_us_per_tensor']:.2f}" for r in of_host if r["case"].startswith("growth")}
     tensors = list(dict.fromkeys(r["tensors"] for r in found))
     times = {(r["provider"], r["tensors"]): r["host_us"]["median"] for r in found}
     rows = [
-        [provider, *(f"{times[provider, n]:,.0f}" for n in tensors)] for provider in dict.fromkeys(p for p, _ in times)
+        [provider, *(f"{times[provider, n]:,.0f}" for n in tensors), growth.get(provider, "")]
+        for provider in dict.fromkeys(p for p, _ in times)
     ]
-    return markdown(["host time of `step()`, µs", *(f"{n:,} tensors" for n in tensors)], rows) + conditions(document)
+    headings = ["host time of `step()`, µs", *(f"{n:,} tensors" for n in tensors), "each further tensor"]
+    return markdown(headings, rows) + conditions(document)
 
 
 def static(document: dict[str, Any]) -> str:
