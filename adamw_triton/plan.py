@@ -260,12 +260,14 @@ class Plan:
             or (self.may_be_neg and [grads[i].is_neg() for i in self.may_be_neg] != self.grad_neg)
         ):
             return None
-        if addresses != self.grad_addresses and not self._take_addresses(addresses):
+        if addresses != self.grad_addresses and not self._take_addresses(grads, addresses):
             return None
         return grads
 
-    def _take_addresses(self, addresses: list[int]) -> bool:
-        """Use gradients that lie elsewhere; False if a bucket of aligned ones no longer is."""
+    def _take_addresses(self, grads: list[Tensor], addresses: list[int]) -> bool:
+        """Use gradients that lie elsewhere; False if they are not like the ones before."""
+        if list(map(Tensor.numel, grads)) != self.param_numels:
+            return False
         uploads = torch.frombuffer(array("q", addresses), dtype=torch.int64)
         slices = list(_slices(self.buckets))
         if any(bucket.key.aligned and (uploads[part] % _ALIGNMENT).any() for bucket, part in slices):
