@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# How a step is carried out belongs to the optimizer that does it; what it computes, to the checkpoint.
-_OF_THE_INSTANCE = ("foreach", "fused", "capturable", "differentiable")
+from .checks import check_entries
+from .storage import SCALES, Policy, decode
+
+# How a step is carried out and stored belongs to the optimizer that does it; what it computes, to the checkpoint.
+_OF_THE_INSTANCE = ("foreach", "fused", "capturable", "differentiable", *Policy._fields)
+
+
+_LIKE_PARAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder", "master_param")
 
 
 class _Kept:
@@ -62,7 +68,7 @@ def _check(param: Tensor, key: Any, values: Mapping[str, Any]) -> None:
             f"loaded state of parameter {key} has no {', '.join(missing)} (it has {', '.join(values)}); "
             f"only the state of an AdamW or Adam can be loaded"
         )
-    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+    for name in _LIKE_PARAM:
         if name in values and not isinstance(values[name], Tensor):
             raise ValueError(
                 f"loaded state {name!r} of parameter {key} must be a tensor, got {type(values[name]).__name__}"
@@ -72,14 +78,57 @@ def _check(param: Tensor, key: Any, values: Mapping[str, Any]) -> None:
                 f"loaded state {name!r} of parameter {key} has shape {tuple(values[name].shape)}, the parameter "
                 f"{tuple(param.shape)}; build the optimizer from the same parameters in the same order"
             )
+    elsewhere = torch.empty_like(param, device="meta")
+    entries = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in values.items()}
+    try:
+        check_entries(elsewhere, entries)
+    except RuntimeError as error:
+        raise ValueError(f"loaded state of parameter {key} cannot be used: {error}") from None
 
 
-def restore(state: Mapping[Any, Any]) -> None:
-    """Put the tensors kept by `prepare` where their parameters are, in the dtypes that they were saved in."""
+def restore(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
+    """Put the tensors kept by `prepare` where their parameters are, in the storage of their groups.
+
+    Where a group has no wish, moments stay in the floating-point dtypes that they were saved in.
+    """
+    group_of = {param: group for group in groups for param in group["params"]}
     for param, values in state.items():
-        for name, value in values.items() if isinstance(values, dict) else ():
+        if not isinstance(values, dict):
+            continue
+        loaded = False
+        for name, value in values.items():
             if isinstance(value, _Kept):
+                loaded = True
                 # The next step moves its count to the side that counts.
                 values[name] = value.tensor if name == "step" else value.tensor.to(param.device)
             elif name == "step" and not isinstance(value, Tensor):
                 values[name] = torch.tensor(float(value), dtype=torch.float32)
+        if loaded and param in group_of:
+            group = group_of[param]
+            with torch.no_grad():
+                Policy.of(group).complete(param, values, amsgrad=group["amsgrad"])
+
+
+def torch_state_dict(groups: Sequence[Mapping[str, Any]], packed: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict of this optimizer as torch.optim.AdamW has it: floating-point moments and no more."""
+    params = dict(
+        zip(
+            chain.from_iterable(group["params"] for group in packed["param_groups"]),
+            chain.from_iterable(group["params"] for group in groups),
+            strict=True,
+        )
+    )
+    state = {}
+    for key, values in packed["state"].items():
+        entries = dict(values)
+        if key in params:
+            for name, scale in SCALES.items():
+                if scale in entries:
+                    entries[name] = decode(name, entries[name], entries.pop(scale))
+            entries.pop("param_remainder", None)
+            entries.pop("master_param", None)
+        state[key] = entries
+    param_groups = [
+        {name: value for name, value in group.items() if name not in Policy._fields} for group in packed["param_groups"]
+    ]
+    return {**packed, "state": state, "param_groups": param_groups}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .storage import EIGHT_BITS, GROUP_SIZE, SCALES
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -137,18 +140,122 @@ def check_grad(param: Tensor, grad: Tensor) -> None:
         )
 
 
-def check_state(param: Tensor, name: str, value: object) -> None:
-    """Refuse a state tensor that does not belong to the parameter.
+def check_entries(param: Tensor, entries: Mapping[str, Any]) -> None:
+    """Refuse state that does not belong to the parameter, or whose parts do not belong together.
 
     Raises:
-        RuntimeError: not a tensor, or of another shape, device or kind of number than the parameter.
+        RuntimeError: an entry that is not a tensor, or of another shape, device or kind of number than the
+            parameter, an 8-bit moment without its scale, or a remainder of a parameter that has none.
     """
+    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder", "master_param"):
+        if name in entries:
+            _check_entry(param, name, entries[name])
+    for name, scale in SCALES.items():
+        is_coded = name in entries and entries[name].dtype == EIGHT_BITS[name]
+        if is_coded != (scale in entries):
+            raise RuntimeError(
+                f"state {name!r} of dtype {entries[name].dtype if name in entries else None} does not go with "
+                f"{'a' if scale in entries else 'no'} state {scale!r}: {EIGHT_BITS[name]} has it, and nothing else"
+            )
+        if is_coded:
+            expected = -(-param.numel() // GROUP_SIZE)
+            value = entries[scale]
+            if not isinstance(value, Tensor) or value.shape != (expected,) or value.dtype != torch.float32:
+                given = _describe(value) if isinstance(value, Tensor) else type(value).__name__
+                raise RuntimeError(
+                    f"state {scale!r} ({given}) must be float32 of shape ({expected},): "
+                    f"one for each {GROUP_SIZE} of {param.numel()} elements"
+                )
+
+
+def _check_entry(param: Tensor, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise RuntimeError(f"state {name!r} must be a tensor, got {type(value).__name__}")
-    if value.shape != param.shape or value.device != param.device or value.is_complex() != param.is_complex():
+    is_moment = name not in ("param_remainder", "master_param")
+    if (
+        value.shape != param.shape
+        or value.device != param.device
+        or (is_moment and value.is_complex() != param.is_complex())
+    ):
         raise RuntimeError(
             f"state {name!r} ({_describe(value)}) does not match its parameter ({_describe(param)}); "
             f"move the model before the optimizer's first step, or load_state_dict() after moving it"
         )
-    if not _is_supported(value.dtype):
+    if is_moment and not (_is_supported(value.dtype) or value.dtype == EIGHT_BITS.get(name)):
         raise RuntimeError(f"state {name!r} of dtype {value.dtype} is not supported; use a floating-point dtype")
+    if name == "param_remainder" and (value.dtype not in (torch.int16, torch.int8) or param.dtype != torch.bfloat16):
+        raise RuntimeError(
+            f"state {name!r} must be int16 or int8, of a bfloat16 parameter; got {value.dtype} of a {param.dtype} one"
+        )
+    if name == "master_param" and value.dtype != torch.float32:
+        raise RuntimeError(f"state {name!r} must be float32, got {value.dtype}")
+
+
+_MOMENT_DTYPES = {
+    "exp_avg_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.int8),
+    "exp_avg_sq_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.uint8),
+}
+_NO_STORAGE = {
+    "exp_avg_dtype": None,
+    "exp_avg_sq_dtype": None,
+    "master_weight_bits": None,
+    "stochastic_rounding": False,
+    "seed": 0,
+}
+
+
+def check_storage(options: Mapping, params: Sequence[Tensor]) -> None:
+    """Refuse storage options that cannot work for a group of parameters.
+
+    Raises:
+        ValueError: which options, for which parameters, and what to do instead.
+    """
+    for name, allowed in _MOMENT_DTYPES.items():
+        if options[name] is not None and options[name] not in allowed:
+            raise ValueError(f"{name} must be None or one of {', '.join(map(str, allowed))}; got {options[name]!r}")
+    seed = options["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1; got {seed!r}")
+    if seed != 0 and not options["stochastic_rounding"]:
+        raise ValueError(f"seed={seed} is of stochastic rounding; give it with stochastic_rounding=True")
+    if options["amsgrad"] and options["exp_avg_sq_dtype"] == torch.uint8:
+        raise ValueError("amsgrad=True needs an exp_avg_sq_dtype other than uint8: a maximum of codes is not kept")
+    bits = options["master_weight_bits"]
+    if bits not in (None, 24, 32):
+        raise ValueError(f"master_weight_bits must be None, 24 or 32; got {bits!r}")
+    if all(options[name] == value for name, value in _NO_STORAGE.items()):
+        return
+    for param in params:
+        of_param = f"a parameter of dtype {param.dtype} (shape {tuple(param.shape)})"
+        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"storage options are for float32, bfloat16 and float16; got {of_param}. "
+                f"Put it into a param group without them"
+            )
+        if bits is not None and param.dtype == torch.float32:
+            raise ValueError(
+                f"master_weight_bits={bits} is for bfloat16 and float16 parameters; got {of_param}, which is its own "
+                f"master. Split the groups with param_groups_master_weights(groups, {bits})"
+            )
+        if bits == 24 and param.dtype == torch.float16:
+            raise ValueError(f"master_weight_bits=24 is for bfloat16; got {of_param}. Use master_weight_bits=32")
+        if options["exp_avg_sq_dtype"] == torch.float16 and param.dtype != torch.float16:
+            raise ValueError(
+                f"exp_avg_sq_dtype=torch.float16 is for float16 parameters, whose gradients have its range; "
+                f"got {of_param}. Use bfloat16 or float32"
+            )
+    if options["stochastic_rounding"] and params and not _rounds_something(options, params):
+        raise ValueError(
+            "stochastic_rounding=True rounds what is stored in bfloat16, and 24-bit master weights; this group has "
+            "neither. Leave it out, or store the moments in bfloat16"
+        )
+
+
+def _rounds_something(options: Mapping, params: Sequence[Tensor]) -> bool:
+    bits = options["master_weight_bits"]
+    for param in params:
+        default = param.dtype if bits is None else torch.float32
+        moments = (options["exp_avg_dtype"] or default, options["exp_avg_sq_dtype"] or default)
+        if torch.bfloat16 in moments or (param.dtype == torch.bfloat16 and bits != 32):
+            return True
+    return False

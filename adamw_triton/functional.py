@@ -2,76 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import launch, reference
-from .checks import check_grad, check_hyper, check_param, check_state, is_dense, same_strides
+from . import launch, reference, storage
+from .checks import check_entries, check_grad, check_hyper, check_param, is_dense, same_strides
 from .scalars import Hyper, Scalars, host_scalars
+from .storage import Rounding, TensorState
 
 
 def step_tensor(
     param: Tensor,
     grad: Tensor,
-    moments: list[Tensor],
+    state: TensorState,
     scalars: Scalars | Tensor,
     *,
     maximize: bool,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    rounding: Rounding | None = None,
 ) -> None:
-    """Launch the kernel for one checked parameter of any layout; a complex one is a pair of real numbers.
-
-    The kernel walks through memory, so tensors with gaps, or in another order than the parameter, take part
-    as copies.
-    """
-    work = param if is_dense(param) else torch.empty_like(param).copy_(param)
-
-    def like_work(tensor: Tensor) -> Tensor:
-        tensor = tensor.resolve_conj().resolve_neg()
-        return tensor if same_strides(tensor, work) else torch.empty_like(work, dtype=tensor.dtype).copy_(tensor)
-
-    written = [work, *map(like_work, moments)]
-    param_view, *moment_views = map(real_view, written)
-    launch.launch_tensor(
-        param_view,
-        real_view(like_work(grad)),
-        moment_views[0],
-        moment_views[1],
-        moment_views[2] if len(moment_views) == 3 else None,
-        scalars,
-        maximize=maximize,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-    )
-    for tensor, copy in zip((param, *moments), written, strict=True):
-        if copy is not tensor:
-            tensor.copy_(copy)
+    """Launch the kernel for one checked parameter of any layout; a complex one is a pair of real numbers."""
+    with _walkable(param, grad, state) as (work, work_grad, work_state):
+        launch.launch_tensor(
+            work,
+            work_grad,
+            work_state,
+            scalars,
+            maximize=maximize,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            rounding=rounding,
+        )
 
 
 def step_tensor_reference(
     param: Tensor,
     grad: Tensor,
-    moments: list[Tensor],
+    state: TensorState,
     hyper: Hyper,
     step: float,
     *,
     maximize: bool,
     grad_scale: Tensor | None,
+    rounding: Rounding | None = None,
 ) -> None:
     """The same without kernels."""
-    exp_avg, exp_avg_sq, *rest = map(real_view, moments)
-    reference.adamw_(
-        real_view(param),
-        real_view(grad.resolve_conj()),
-        exp_avg,
-        exp_avg_sq,
-        rest[0] if rest else None,
-        step=step,
-        maximize=maximize,
-        grad_scale=grad_scale,
+    options: dict[str, Any] = {
+        "step": step,
+        "maximize": maximize,
+        "grad_scale": grad_scale,
+        "rounding": rounding,
         **{name: float(value) for name, value in hyper._asdict().items()},
-    )
+    }
+    if state.is_plain and rounding is None:
+        reference.adamw_(real_view(param), real_view(grad.resolve_conj()), state.each(real_view), **options)
+        return
+    # Groups of elements and random bits are counted in the order of memory.
+    with _walkable(param, grad, state) as (work, work_grad, work_state):
+        reference.adamw_(storage.flat(work), storage.flat(work_grad), work_state.each(storage.flat), **options)
+
+
+@contextmanager
+def _walkable(param: Tensor, grad: Tensor, state: TensorState) -> Iterator[tuple[Tensor, Tensor, TensorState]]:
+    """Real tensors that can be walked through memory side by side: what has gaps, or another order than the
+    parameter, takes part as a copy, and is written back at the end."""
+    work = param if is_dense(param) else torch.empty_like(param).copy_(param)
+    copies: list[tuple[Tensor, Tensor]] = [] if work is param else [(param, work)]
+
+    def like_work(tensor: Tensor) -> Tensor:
+        tensor = tensor.resolve_conj().resolve_neg()
+        return tensor if same_strides(tensor, work) else torch.empty_like(work, dtype=tensor.dtype).copy_(tensor)
+
+    def entry(tensor: Tensor) -> Tensor:
+        if tensor is state.exp_avg_scale or tensor is state.exp_avg_sq_scale:
+            return tensor  # it has no element for each of the parameter's
+        copy = like_work(tensor)
+        if copy is not tensor:
+            copies.append((tensor, copy))
+        return real_view(copy)
+
+    yield real_view(work), real_view(like_work(grad)), state.each(entry)
+    for tensor, copy in copies:
+        tensor.copy_(copy)
 
 
 def real_view(tensor: Tensor) -> Tensor:
@@ -94,18 +111,34 @@ def adamw_(
     maximize: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    param_remainder: Tensor | None = None,
+    master_param: Tensor | None = None,
+    exp_avg_scale: Tensor | None = None,
+    exp_avg_sq_scale: Tensor | None = None,
+    stochastic_rounding: bool = False,
+    seed: int = 0,
+    stream: int = 0,
+    element_offset: int = 0,
 ) -> None:
     """One AdamW update of one tensor and its state, in place: what `AdamW.step` does to each parameter.
 
     Args:
         param: float32, bfloat16, float16, float64 or complex tensor of any shape and strides.
         grad: gradient in param's shape, of any of these dtypes; not modified.
-        exp_avg, exp_avg_sq: moments in param's shape, of any of these dtypes; zeros before the first update.
+        exp_avg, exp_avg_sq: moments in param's shape, of any of these dtypes, or int8 and uint8 with scales; zeros
+            before the first update.
         step: number of this update, 1 for the first. Not incremented.
         lr, betas, eps, weight_decay, maximize: as for `AdamW`.
         max_exp_avg_sq: running maximum of exp_avg_sq; given, the update is AMSGrad's.
         grad_scale: one-element tensor that the gradient is divided by.
         found_inf: one-element tensor; if it is not 0, nothing is written.
+        param_remainder: int16 or int8, in the shape of a bfloat16 param: what completes it to its master weight.
+        master_param: float32 in param's shape: the master weight, which param is rounded from.
+        exp_avg_scale, exp_avg_sq_scale: float32 [ceil(n / 128)] for n elements, with 8-bit moments.
+        stochastic_rounding: round what is stored in bfloat16, and a remainder of 8 bits, stochastically, by random
+            bits of (seed, step, stream, index of the element).
+        stream: number that tells parameters apart.
+        element_offset: index of param's first element in the tensor whose slice it is.
 
     Raises:
         ValueError: a hyper-parameter out of range, step < 1, or a param whose elements share memory.
@@ -125,14 +158,26 @@ def adamw_(
         raise ValueError(f"step must be at least 1, the number of this update; got {step}")
     check_param(param)
     check_grad(param, grad)
-    moments = [exp_avg, exp_avg_sq] + ([] if max_exp_avg_sq is None else [max_exp_avg_sq])
-    for name, moment in zip(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), moments, strict=False):
-        check_state(param, name, moment)
+    if param_remainder is not None and master_param is not None:
+        raise ValueError("got param_remainder and master_param; a parameter has one of them")
+    entries = {
+        "exp_avg": exp_avg,
+        "exp_avg_sq": exp_avg_sq,
+        "max_exp_avg_sq": max_exp_avg_sq,
+        "param_remainder": param_remainder,
+        "master_param": master_param,
+        "exp_avg_scale": exp_avg_scale,
+        "exp_avg_sq_scale": exp_avg_sq_scale,
+    }
+    entries = {name: entry for name, entry in entries.items() if entry is not None}
+    check_entries(param, entries)
 
+    state = TensorState.of(entries, amsgrad=max_exp_avg_sq is not None)
+    rounding = Rounding(seed, stream, element_offset) if stochastic_rounding else None
     hyper = Hyper.of(options)
+    how: dict[str, Any] = {"maximize": maximize, "grad_scale": grad_scale, "rounding": rounding}
     if launch.has_kernels(param.device):
-        scalars = host_scalars(hyper, float(step))
-        step_tensor(param, grad, moments, scalars, maximize=maximize, grad_scale=grad_scale, found_inf=found_inf)
-        torch.autograd.graph.increment_version([param, *moments])
+        step_tensor(param, grad, state, host_scalars(hyper, float(step)), found_inf=found_inf, **how)
+        torch.autograd.graph.increment_version([param, *state.tensors])
     elif found_inf is None or not found_inf.item():
-        step_tensor_reference(param, grad, moments, hyper, float(step), maximize=maximize, grad_scale=grad_scale)
+        step_tensor_reference(param, grad, state, hyper, float(step), **how)

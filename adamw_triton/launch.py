@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .scalars import Scalars
+from .storage import Rounding, Storage, TensorState
 
 try:
     import triton
@@ -43,9 +44,10 @@ class Table(NamedTuple):
     tensors: Tensor
     grads: Tensor
     chunks: Tensor
-    dtypes: tuple[torch.dtype, ...]  # of param, grad, exp_avg, exp_avg_sq
+    storage: Storage
     amsgrad: bool
     aligned: bool
+    seed: int
     configuration: Configuration
 
     @classmethod
@@ -53,27 +55,31 @@ class Table(NamedTuple):
         cls,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        moments: Sequence[Sequence[Tensor]],
+        states: Sequence[TensorState],
         *,
         aligned: bool,
+        roundings: Sequence[Rounding] | None = None,
         configuration: Configuration | None = None,
     ) -> Table:
-        """The table of tensors on one device, of the same dtypes.
+        """The table of tensors on one device, of the same formats.
 
         Args:
             params: dense parameters.
             grads: of each, with its strides.
-            moments: of each, exp_avg and exp_avg_sq, with amsgrad max_exp_avg_sq, with its strides.
-            aligned: whether all begin at multiples of 16 bytes.
-            configuration: another one than that of these dtypes.
+            states: of each, with its strides.
+            aligned: whether all but scales begin at multiples of 16 bytes.
+            roundings: of each, with one seed and no offset, for stochastic rounding.
+            configuration: another one than that of these formats.
         """
         device = params[0].device
-        dtypes = (params[0].dtype, grads[0].dtype, moments[0][0].dtype, moments[0][1].dtype)
-        used = configuration or configuration_of(*dtypes)
+        storage = Storage.of(params[0], grads[0], states[0], stochastic=roundings is not None)
+        used = configuration or configuration_of(*storage.dtypes)
         rows = [
-            [param.numel(), param.data_ptr(), *(moment.data_ptr() for moment in of_param)]
-            for param, of_param in zip(params, moments, strict=True)
+            [param.numel(), param.data_ptr(), *(tensor.data_ptr() for tensor in state.tensors)]
+            for param, state in zip(params, states, strict=True)
         ]
+        if roundings is not None:
+            rows = [[*row, rounding.stream] for row, rounding in zip(rows, roundings, strict=True)]
         tensors = torch.tensor(rows, dtype=torch.int64)
         n_chunks = (tensors[:, 0] + used.block_size - 1) // used.block_size
         tensor = torch.repeat_interleave(torch.arange(len(rows)), n_chunks)
@@ -82,9 +88,10 @@ class Table(NamedTuple):
             tensors=tensors.to(device),
             grads=torch.tensor([grad.data_ptr() for grad in grads], dtype=torch.int64).to(device),
             chunks=torch.stack((tensor, block), dim=1).to(torch.int32).to(device),
-            dtypes=dtypes,
-            amsgrad=tensors.shape[1] == 5,
+            storage=storage,
+            amsgrad=states[0].max_exp_avg_sq is not None,
             aligned=aligned,
+            seed=roundings[0].seed if roundings else 0,
             configuration=used,
         )
 
@@ -101,11 +108,11 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def configuration_of(*dtypes: torch.dtype) -> Configuration:
-    """The fixed configuration for the dtypes of parameter, gradient and moments: programs of 128 threads.
+    """The fixed configuration for the dtypes of what has an element for each of the parameter's: 128 threads.
 
     Accesses: with one width, 8 elements a thread (4 of float64), two of 128 bits for each fp32 tensor. With mixed
     widths 4, so that the wide side takes 128 bits and the narrow side 64: at 8 the compiler would move the
-    narrow values between threads through shared memory.
+    narrow values between threads through shared memory. 8-bit values next to 16-bit ones take 64 bits.
 
     Bytes in flight: before its first wait a thread has loaded 80 bytes (fp32) or 48 (bf16), with 48 registers 10
     programs share an SM: 60 to 100 KiB, where CUB asks for 32 on an H100, 48 on an H200 and 64 on a B200.
@@ -115,20 +122,19 @@ def configuration_of(*dtypes: torch.dtype) -> Configuration:
     even half a wave. The price is the table, 8 bytes for each 1024 elements, 0.03 % of what these move.
     """
     sizes = {dtype.itemsize for dtype in dtypes}
-    return Configuration(1024 if sizes in ({2}, {4}) else 512, NUM_WARPS)
+    return Configuration(1024 if sizes == {4} or max(sizes) == 2 else 512, NUM_WARPS)
 
 
 def launch_tensor(
     param: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
+    state: TensorState,
     scalars: Scalars | Tensor,
     *,
     maximize: bool,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    rounding: Rounding | None = None,
     configuration: Configuration | None = None,
 ) -> None:
     """Step one dense, real parameter; all tensors on its device, with its strides.
@@ -137,26 +143,30 @@ def launch_tensor(
         scalars: floats, or a float64 row on the device (`device_scalars`).
         grad_scale: one-element device tensor; gradients are divided by it in registers.
         found_inf: one-element device tensor; nothing is written where it is not 0.
-        configuration: another one than that of these dtypes.
+        rounding: stochastic where it is given.
+        configuration: another one than that of these formats.
     """
     n_elements = param.numel()
     if n_elements == 0:
         return
-    used = configuration or configuration_of(param.dtype, grad.dtype, exp_avg.dtype, exp_avg_sq.dtype)
+    used = configuration or configuration_of(*Storage.of(param, grad, state).dtypes)
+    how = "nearest"
+    if rounding is not None:
+        how = "stochastic" if rounding.element_offset % 8 == 0 else "stochastic shifted"
     row, floats = _split(scalars, param)
     with _on(param.device):
         adamw_kernel[(-(-n_elements // used.block_size),)](
             param,
             grad,
-            exp_avg,
-            exp_avg_sq,
-            max_exp_avg_sq,
+            *state,
             n_elements,
             grad_scale,
             found_inf,
+            *(rounding or Rounding(0, 0)),
             row,
             *floats,
             maximize,
+            how,
             used.block_size,
             used.eviction,
             num_warps=used.num_warps,
@@ -175,7 +185,8 @@ def launch_table(
     n_chunks = table.chunks.shape[0]
     if n_chunks == 0:
         return
-    row, floats = _split(scalars, table.tensors, table.dtypes[0])
+    storage = table.storage
+    row, floats = _split(scalars, table.tensors, storage.param)
     with _on(table.tensors.device):
         adamw_table_kernel[(n_chunks,)](
             table.tensors,
@@ -183,12 +194,14 @@ def launch_table(
             table.chunks,
             grad_scale,
             found_inf,
+            table.seed,
             row,
             *floats,
-            *map(_triton_dtype, table.dtypes),
+            *map(_triton_dtype, storage[:5]),
             table.amsgrad,
             table.aligned,
             maximize,
+            "stochastic" if storage.stochastic else "nearest",
             table.configuration.block_size,
             table.configuration.eviction,
             num_warps=table.configuration.num_warps,
@@ -212,8 +225,8 @@ def _on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
-def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return _TRITON_DTYPES[dtype]
+def _triton_dtype(dtype: torch.dtype | None) -> tl.dtype | None:
+    return None if dtype is None else _TRITON_DTYPES[dtype]
 
 
 if triton is not None:
@@ -222,4 +235,7 @@ if triton is not None:
         torch.bfloat16: tl.bfloat16,
         torch.float16: tl.float16,
         torch.float64: tl.float64,
+        torch.int16: tl.int16,
+        torch.int8: tl.int8,
+        torch.uint8: tl.uint8,
     }

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import checkpoint
-from .checks import check_hyper, check_implementation, check_param
+from . import checkpoint, storage
+from .checks import check_hyper, check_implementation, check_param, check_storage
 from .plan import Plan
 from .scalars import Hyper
 from .state import ParamState, State
+from .storage import Policy, StateBytes
 
 
 class AdamW(Optimizer):
@@ -46,6 +47,14 @@ class AdamW(Optimizer):
         differentiable: only False.
         fused: True announces that `torch.amp.GradScaler` may leave unscaling to the step. The kernel is the
             same in any case.
+        exp_avg_dtype: storage of m: float32, bfloat16, float16, or int8 with a float32 scale for each 128 elements.
+            None: the parameter's dtype, as in torch, or float32 with `master_weight_bits`.
+        exp_avg_sq_dtype: storage of v: float32, bfloat16, float16 (of float16 parameters), or uint8 with scales.
+        master_weight_bits: 32: bfloat16 parameters have a remainder of 16 bits, which makes them exact float32
+            weights, and float16 parameters a float32 master; 24: bfloat16 parameters have one of 8 bits.
+        stochastic_rounding: round what is stored in bfloat16, and 24-bit weights, up or down with the probabilities
+            that make the mean exact.
+        seed: of stochastic rounding.
 
     Raises:
         ValueError: an option out of range or not supported, or a parameter whose elements share memory.
@@ -73,6 +82,11 @@ class AdamW(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        exp_avg_dtype: torch.dtype | None = None,
+        exp_avg_sq_dtype: torch.dtype | None = None,
+        master_weight_bits: int | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -85,6 +99,11 @@ class AdamW(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
+            "exp_avg_dtype": exp_avg_dtype,
+            "exp_avg_sq_dtype": exp_avg_sq_dtype,
+            "master_weight_bits": master_weight_bits,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
         }
         check_hyper(defaults)
         check_implementation(defaults)
@@ -101,6 +120,7 @@ class AdamW(Optimizer):
         try:
             for param in self.param_groups[-1]["params"]:
                 check_param(param)
+            check_storage(self.param_groups[-1], self.param_groups[-1]["params"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -161,10 +181,49 @@ class AdamW(Optimizer):
         }
         return packed
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load the state of this optimizer or of any implementation of `torch.optim.AdamW`.
+    def torch_state_dict(self) -> dict[str, Any]:
+        """The state as `torch.optim.AdamW.state_dict` has it, to be loaded there.
 
-        State keeps the dtypes it was saved in. `foreach`, `fused`, `capturable` and `differentiable` stay as
+        8-bit moments become float32; master weights are left out, see `master_params`.
+        """
+        return checkpoint.torch_state_dict(self.param_groups, self.state_dict())
+
+    @torch.no_grad()
+    def master_params(self) -> list[Tensor]:
+        """Copies of all parameters in float32, in the order of the param groups, exact where there are masters."""
+        return [
+            storage.master_weight(param, self.state.get(param, {})).clone(memory_format=torch.contiguous_format)
+            for group in self.param_groups
+            for param in group["params"]
+        ]
+
+    @torch.no_grad()
+    def load_master_params(self, values: Iterable[Tensor]) -> None:
+        """Set all parameters, and the masters of those that have one, from tensors like those of `master_params`.
+
+        Raises:
+            ValueError: another number of tensors, or other shapes. Nothing has been changed then.
+        """
+        owners = [(param, group) for group in self.param_groups for param in group["params"]]
+        values = list(values)
+        given, expected = [tuple(v.shape) for v in values], [tuple(param.shape) for param, _ in owners]
+        if given != expected:
+            raise ValueError(f"got tensors of shapes {given}; the parameters have {expected}")
+        for (param, group), value in zip(owners, values, strict=True):
+            entries = self.state.get(param, {})
+            Policy.of(group).set_master(param, entries, value)
+            if entries:
+                self.state[param] = entries
+
+    def state_bytes(self) -> StateBytes:
+        """Memory of the optimizer's state, by the name of what is stored."""
+        return StateBytes.of(self.param_groups, self.state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of this optimizer, of any storage, or of any implementation of `torch.optim.AdamW`.
+
+        It is converted to this optimizer's storage; moments for which that has no wish keep the floating-point
+        dtypes they were saved in. Storage options, `foreach`, `fused`, `capturable` and `differentiable` stay as
         this optimizer was built; all other options come from the checkpoint.
 
         Raises:
@@ -179,7 +238,6 @@ class AdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also how Optimizer.load_state_dict installs what it has loaded.
         super().__setstate__(state)
-        checkpoint.restore(self.state)
         for group in self.param_groups:
             for name, value in (
                 ("amsgrad", False),
@@ -188,8 +246,14 @@ class AdamW(Optimizer):
                 ("capturable", False),
                 ("differentiable", False),
                 ("fused", None),
+                ("exp_avg_dtype", None),
+                ("exp_avg_sq_dtype", None),
+                ("master_weight_bits", None),
+                ("stochastic_rounding", False),
+                ("seed", 0),
             ):
                 group.setdefault(name, value)
+        checkpoint.restore(self.param_groups, self.state)
         self._plan = None
         self._announce_amp_support()
 

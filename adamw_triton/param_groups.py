@@ -6,7 +6,9 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
 
 
 def param_groups_weight_decay(
@@ -61,3 +63,37 @@ def param_groups_weight_decay(
             group = groups[param.ndim <= 1 or id(param) in norms or id(param) in exempt]
             group["params"].append(param)
     return [group for group in groups if group["params"]]
+
+
+def param_groups_master_weights(params: ParamsT, master_weight_bits: int = 32, **options: Any) -> list[dict[str, Any]]:
+    """Param groups in which bfloat16 and float16 parameters have master weights, and all others do not.
+
+    Args:
+        params: parameters, (name, parameter) pairs or param groups, like those of `param_groups_weight_decay`.
+        master_weight_bits: of the parameters that are stored with fewer than 32.
+        options: further options of the groups with master weights, like `exp_avg_dtype`.
+
+    Returns:
+        Of each given group the parameters with and those without master weights, where there are any.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 3).bfloat16(), torch.nn.LayerNorm(3))
+        >>> groups = param_groups_master_weights(model.parameters(), 32)
+        >>> [(group["master_weight_bits"], len(group["params"])) for group in groups]
+        [(32, 2), (None, 2)]
+    """
+    given: list[Any] = list(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    split = []
+    for group in groups:
+        members = group["params"]
+        members = [members] if isinstance(members, Tensor) else list(members)
+        by_need: dict[bool, list[Any]] = {True: [], False: []}
+        for member in members:
+            param = member[1] if isinstance(member, tuple) else member
+            by_need[param.dtype in (torch.bfloat16, torch.float16)].append(member)
+        if by_need[True]:
+            split.append({**group, **options, "params": by_need[True], "master_weight_bits": master_weight_bits})
+        if by_need[False]:
+            split.append({**group, "params": by_need[False], "master_weight_bits": None})
+    return split

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .checks import check_grad, check_param, check_state, is_dense, same_strides
+from .checks import check_entries, check_grad, check_param, is_dense, same_strides
 from .functional import step_tensor, step_tensor_reference
 from .scalars import Hyper, Scalars, device_scalars, host_scalars
 from .state import State
+from .storage import Policy, Rounding, Storage, TensorState
 
 _ALIGNMENT = 16  # bytes of the widest access
 _grad_of = attrgetter("grad")
@@ -35,87 +36,74 @@ class _Key(NamedTuple):
     device: torch.device
     step: float  # updates so far
     form: str  # "table", "tensors" or "reference"
-    dtypes: tuple[torch.dtype, ...]  # of param, grad, exp_avg, exp_avg_sq
+    storage: Storage
     aligned: bool
 
 
 class _Item:
     """One parameter with a gradient."""
 
-    def __init__(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: int, amsgrad: bool) -> None:
+    def __init__(self, param: Tensor, grad: Tensor, entries: dict[str, Any], group: int, number: int) -> None:
         self.param = param
         self.grad = grad
-        self.state = state
+        self.entries = entries
         self.group = group
-        self.names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if amsgrad else ("exp_avg", "exp_avg_sq")
+        self.number = number  # among all parameters: the stream of its random bits
         self.wave = 0
-
-    @property
-    def moments(self) -> list[Tensor]:
-        return [self.state[name] for name in self.names]
 
     def check(self) -> None:
         check_param(self.param)
         check_grad(self.param, self.grad)
-        for name in self.names:
-            if name in self.state:
-                check_state(self.param, name, self.state[name])
+        check_entries(self.param, self.entries)
 
-    def complete_state(self) -> None:
-        """Create what is missing, and lay out what was loaded in another order like the parameter."""
-        self.state.setdefault("step", 0.0)
-        for name in self.names:
-            # For a parameter with gaps, the order of its dimensions without the gaps.
-            moment = self.state.get(name)
-            if moment is None:
-                self.state[name] = torch.zeros_like(self.param, memory_format=torch.preserve_format)
-            elif not same_strides(moment, torch.empty_like(self.param, device="meta")):
-                self.state[name] = torch.empty_like(self.param, dtype=moment.dtype).copy_(moment)
-
-    def key(self, foreach: bool | None, step: float) -> _Key:
-        tensors = (self.param, self.grad, *self.moments)
+    def key(self, group: Mapping[str, Any], step: float) -> _Key:
+        state = TensorState.of(self.entries, group["amsgrad"])
+        like_param = (self.param, self.grad, *(tensor for tensor in state[:4] if tensor is not None))
         walkable = (
             is_dense(self.param)
             and same_strides(self.param, self.grad)
             and not self.param.is_complex()
             and not self.grad.is_neg()
-            and len({moment.dtype for moment in self.moments[1:]}) == 1
+            and (state.max_exp_avg_sq is None or state.max_exp_avg_sq.dtype == state.exp_avg_sq.dtype)
         )
         if not launch.has_kernels(self.param.device):
             form = "reference"
         else:
-            form = "table" if walkable and foreach is not False else "tensors"
+            form = "table" if walkable and group["foreach"] is not False else "tensors"
         return _Key(
             group=self.group,
             wave=self.wave,
             device=self.param.device,
             step=step,
             form=form,
-            dtypes=tuple(t.dtype for t in tensors[:4]),
-            aligned=reduce(or_, (t.data_ptr() for t in tensors)) % _ALIGNMENT == 0,
+            storage=Storage.of(self.param, self.grad, state, stochastic=group["stochastic_rounding"]),
+            aligned=reduce(or_, (t.data_ptr() for t in like_param)) % _ALIGNMENT == 0,
         )
 
 
 class _Bucket:
     """Tensors that one launch steps, and the step count that they share."""
 
-    def __init__(self, key: _Key, items: list[_Item], maximize: bool, on_device: bool) -> None:
+    def __init__(self, key: _Key, items: list[_Item], group: Mapping[str, Any], on_device: bool) -> None:
         self.key = key
         self.params = [item.param for item in items]
-        self.moments = [item.moments for item in items]
-        self.maximize = maximize
+        self.states = [TensorState.of(item.entries, group["amsgrad"]) for item in items]
+        self.maximize = group["maximize"]
+        self.roundings = None
+        if key.storage.stochastic:
+            self.roundings = [Rounding(group["seed"], item.number) for item in items]
         self.on_device = on_device and key.form != "reference"
         # One vector holds the step counts, so that one operation counts for all.
         device = key.device if self.on_device else "cpu"
         self.steps = torch.full((len(items),), key.step, dtype=torch.float32, device=device)
         for item, step in zip(items, self.steps.unbind(), strict=True):
-            item.state["step"] = step
+            item.entries["step"] = step
         self.steps_version = self.steps._version
         self.step_count = key.step
         self.table = None
         if key.form == "table":
             grads = [item.grad for item in items]
-            self.table = launch.Table.of(self.params, grads, self.moments, aligned=key.aligned)
+            self.table = launch.Table.of(self.params, grads, self.states, aligned=key.aligned, roundings=self.roundings)
 
     def set_grad_addresses(self, addresses: Tensor) -> None:
         if self.table is not None:
@@ -142,18 +130,33 @@ class _Bucket:
             scalars = host_scalars(hyper, self.step_count)
         self.steps_version = self.steps._version
 
+        roundings: Sequence[Rounding | None] = self.roundings or [None] * len(self.params)
         if self.key.form == "reference":
-            for param, grad, moments in zip(self.params, grads, self.moments, strict=True):
+            for param, grad, state, rounding in zip(self.params, grads, self.states, roundings, strict=True):
                 step_tensor_reference(
-                    param, grad, moments, hyper, self.step_count, maximize=self.maximize, grad_scale=grad_scale
+                    param,
+                    grad,
+                    state,
+                    hyper,
+                    self.step_count,
+                    maximize=self.maximize,
+                    grad_scale=grad_scale,
+                    rounding=rounding,
                 )
             return
         if self.table is not None:
             launch.launch_table(self.table, scalars, maximize=self.maximize, grad_scale=grad_scale, found_inf=found_inf)
         else:
-            for param, grad, moments in zip(self.params, grads, self.moments, strict=True):
+            for param, grad, state, rounding in zip(self.params, grads, self.states, roundings, strict=True):
                 step_tensor(
-                    param, grad, moments, scalars, maximize=self.maximize, grad_scale=grad_scale, found_inf=found_inf
+                    param,
+                    grad,
+                    state,
+                    scalars,
+                    maximize=self.maximize,
+                    grad_scale=grad_scale,
+                    found_inf=found_inf,
+                    rounding=rounding,
                 )
         # Autograd does not see what a kernel writes.
         torch.autograd.graph.increment_version(self.params)
@@ -177,10 +180,11 @@ class Plan:
         self.structure = _structure(groups, hypers, skippable)
         self.group_params = [list(group["params"]) for group in groups]
         everything = {id(param): param for params in self.group_params for param in params}
+        numbers = {id(param): number for number, param in enumerate(everything.values())}
         self.without_grad = [param for param in everything.values() if param.grad is None]
 
         items = [
-            _Item(param, param.grad, state.get(param, {}), index, group["amsgrad"])
+            _Item(param, param.grad, state.get(param, {}), index, numbers[id(param)])
             for index, group in enumerate(groups)
             for param in group["params"]
             if param.grad is not None and everything.pop(id(param), None) is not None  # a duplicate steps once
@@ -188,19 +192,20 @@ class Plan:
         for item in items:
             item.check()
         for item in items:
-            item.state = state.watch(item.param)
-            item.complete_state()
+            item.entries = state.watch(item.param)
+            group = groups[item.group]
+            Policy.of(group).complete(item.param, item.entries, amsgrad=group["amsgrad"])
         _separate_shared_memory(items)
 
         by_key: dict[_Key, list[_Item]] = defaultdict(list)
         for item, step in zip(items, _read_steps(items), strict=True):
-            by_key[item.key(groups[item.group]["foreach"], step)].append(item)
+            by_key[item.key(groups[item.group], step)].append(item)
         for key in [key for key, members in by_key.items() if len(members) == 1 and key.form == "table"]:
             # A table is for several tensors, unless it was asked for.
             if groups[key.group]["foreach"] is None:
                 by_key[key._replace(form="tensors")] += by_key.pop(key)
         self.buckets = [
-            _Bucket(key, by_key[key], groups[key.group]["maximize"], skippable or hypers[key.group].on_device)
+            _Bucket(key, by_key[key], groups[key.group], skippable or hypers[key.group].on_device)
             for key in sorted(by_key, key=lambda key: (key.wave, key.group))
         ]
         items = [item for bucket_key in (bucket.key for bucket in self.buckets) for item in by_key[bucket_key]]
@@ -208,7 +213,7 @@ class Plan:
         # What `gradients` compares with.
         self.changes = state.changes
         self.changes.seen = True
-        self.first_moments = [moment for bucket in self.buckets for moment in bucket.moments[0]]
+        self.first_moments = [tensor for bucket in self.buckets for tensor in bucket.states[0].tensors]
         self.first_moment_addresses = list(map(Tensor.data_ptr, self.first_moments))
         self.params = [item.param for item in items]
         self.param_addresses = list(map(Tensor.data_ptr, self.params))
@@ -288,7 +293,7 @@ class Plan:
 
 def _structure(groups: Sequence[Mapping[str, Any]], hypers: Sequence[Hyper], skippable: bool) -> list[Any]:
     return [skippable] + [
-        (group["foreach"], group["amsgrad"], group["maximize"], hyper.on_device)
+        (group["foreach"], group["amsgrad"], group["maximize"], hyper.on_device, Policy.of(group))
         for group, hyper in zip(groups, hypers, strict=True)
     ]
 
@@ -309,7 +314,7 @@ def _slices(buckets: Sequence[_Bucket]) -> Any:
 
 def _read_steps(items: Sequence[_Item]) -> list[float]:
     """Step counts, with one synchronisation for each device that holds some."""
-    steps = [torch.as_tensor(item.state["step"], dtype=torch.float32).reshape(()) for item in items]
+    steps = [torch.as_tensor(item.entries["step"], dtype=torch.float32).reshape(()) for item in items]
     values = [0.0] * len(steps)
     for device in {step.device for step in steps}:
         indices = [i for i, step in enumerate(steps) if step.device == device]

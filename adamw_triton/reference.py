@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+from . import storage
+from .storage import Rounding, TensorState
 
 
 def adamw_(
     param: Tensor,
     grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
+    state: TensorState,
     *,
     step: float,
     lr: float,
@@ -21,6 +24,7 @@ def adamw_(
     weight_decay: float,
     maximize: bool = False,
     grad_scale: Tensor | None = None,
+    rounding: Rounding | None = None,
 ) -> None:
     """Update number `step` (1 is the first) of one real parameter and its state, in place.
 
@@ -29,14 +33,19 @@ def adamw_(
     single-tensor loop in their order, and the results are the same bits.
 
     Args:
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq: same shape, any strides, any floating dtypes;
-            max_exp_avg_sq is None without amsgrad. grad is not modified.
+        param, grad, and moments with floating dtypes: same shape, any strides. grad is not modified.
+        state: a master, 8-bit moments and `rounding` need all of them flat.
         grad_scale: one-element tensor that the gradient is divided by, as torch.amp.GradScaler passes it.
+        rounding: stochastic where it is given.
     """
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-    stored = [t for t in (param, exp_avg, exp_avg_sq, max_exp_avg_sq) if t is not None]
-    computed = [t.to(dtype) for t in stored]
-    p, m, v = computed[:3]
+    p, m, v = (
+        _load_param(param, state).to(dtype),
+        _load("exp_avg", state).to(dtype),
+        _load("exp_avg_sq", state).to(dtype),
+    )
+    largest = None if state.max_exp_avg_sq is None else state.max_exp_avg_sq.to(dtype)
+    second_moment = v
     g = grad.to(dtype)
     if grad_scale is not None:
         g = g / grad_scale.to(dtype)
@@ -47,13 +56,56 @@ def adamw_(
         p.mul_(1 - lr * weight_decay)
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    if max_exp_avg_sq is not None:
-        v = torch.maximum(computed[3], v, out=computed[3])
+    if largest is not None:
+        second_moment = torch.maximum(largest, v, out=largest)
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
-    denominator = (v.sqrt() / bias_correction2**0.5).add_(eps)
+    denominator = (second_moment.sqrt() / bias_correction2**0.5).add_(eps)
     p.addcdiv_(m, denominator, value=-lr / bias_correction1)
 
-    for tensor, value in zip(stored, computed, strict=True):
-        if value is not tensor:
-            tensor.copy_(value)
+    of_param, of_exp_avg, of_exp_avg_sq = (None,) * 3 if rounding is None else storage.noise(rounding, int(step), p)
+    _store_param(param, state, p, of_param)
+    _store("exp_avg", state, m, of_exp_avg)
+    _store("exp_avg_sq", state, v, of_exp_avg_sq)
+    if state.max_exp_avg_sq is not None and largest is not None:
+        _write(state.max_exp_avg_sq, largest, of_exp_avg_sq)
+
+
+def _load_param(param: Tensor, state: TensorState) -> Tensor:
+    if state.master is None:
+        return param
+    return state.master if state.master.is_floating_point() else storage.join(param, state.master)
+
+
+def _load(name: str, state: TensorState) -> Tensor:
+    stored, scale = getattr(state, name), getattr(state, storage.SCALES[name])
+    return stored if scale is None else storage.decode(name, stored, scale)
+
+
+def _write(tensor: Tensor, value: Tensor, noise: Tensor | None) -> None:
+    if value is not tensor:
+        tensor.copy_(
+            value if noise is None or tensor.dtype != torch.bfloat16 else storage.round_to_bfloat16(value, noise)
+        )
+
+
+def _store_param(param: Tensor, state: TensorState, value: Tensor, noise: Tensor | None) -> None:
+    if state.master is None:
+        _write(param, value, noise)
+    elif state.master.is_floating_point():
+        _write_all((param, state.master), (value, value))
+    else:
+        _write_all((param, state.master), storage.split(value, state.master.dtype, noise))
+
+
+def _store(name: str, state: TensorState, value: Tensor, noise: Tensor | None) -> None:
+    stored, scale = getattr(state, name), getattr(state, storage.SCALES[name])
+    if scale is None:
+        _write(stored, value, noise)
+    else:
+        _write_all((stored, scale), storage.encode(name, value))
+
+
+def _write_all(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        _write(tensor, value, None)

@@ -1,4 +1,4 @@
-"""The seven numbers that a launch needs, made once per step in double precision."""
+"""The numbers that a launch needs, made once per step in double precision."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ class Scalars(NamedTuple):
     neg_step_size: float
     inv_bias_correction2_sqrt: float
     eps: float
+    step: float
 
 
 def host_scalars(hyper: Hyper, step: float) -> Scalars:
@@ -56,6 +57,7 @@ def host_scalars(hyper: Hyper, step: float) -> Scalars:
         neg_step_size=-lr / (1 - beta1**step),
         inv_bias_correction2_sqrt=(1 - beta2**step) ** -0.5,
         eps=eps,
+        step=step,
     )
 
 
@@ -67,7 +69,7 @@ def device_scalars(hyper: Hyper, step: Tensor) -> Tensor:
         step: 0-d, number of this update, on the device that the row is for.
 
     Returns:
-        float64 tensor of shape [7], in the order of `Scalars`.
+        float64 tensor of shape [8], in the order of `Scalars`.
     """
 
     def double(value: float | Tensor) -> Tensor:
@@ -86,5 +88,6 @@ def device_scalars(hyper: Hyper, step: Tensor) -> Tensor:
             -lr / (1 - beta1**t),
             (1 - beta2**t) ** -0.5,
             eps,
+            t,
         )
     )

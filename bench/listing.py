@@ -105,24 +105,31 @@ def paths(listing: Listing) -> Iterator[list[Instruction]]:
             raise ValueError(f"more than {MAX_PATHS} paths")
 
 
-def full_block_path(listing: Listing, stored_bytes: int) -> list[Instruction]:
+def full_block_path(listing: Listing, stored_bytes: int, scales: int = 0) -> list[Instruction]:
     """The instructions that a thread of a full block executes.
 
     Args:
-        stored_bytes: what it stores.
+        stored_bytes: what it stores of the tensors.
+        scales: how many 4-byte scales are stored on top, which one thread of a group does: with a predicate, or
+            (AMD) at an address that masks the others.
 
     Raises:
-        ValueError: no path stores that without predicates.
+        ValueError: no path stores that without other predicates.
     """
 
     def accesses(path: list[Instruction]) -> list[Instruction]:
         return [i for i in path if i.is_load or i.is_store]
 
-    candidates = [
-        path
-        for path in paths(listing)
-        if sum(i.bytes for i in path if i.is_store) == stored_bytes and not any(i.predicated for i in accesses(path))
-    ]
+    def fits(path: list[Instruction]) -> bool:
+        predicated = [i for i in accesses(path) if i.predicated]
+        stored = sum(i.bytes for i in path if i.is_store)
+        return (
+            stored == stored_bytes + 4 * scales
+            and len(predicated) <= scales
+            and all(i.is_store and i.bytes == 4 for i in predicated)
+        )
+
+    candidates = [path for path in paths(listing) if fits(path)]
     if not candidates:
         raise ValueError(f"no path stores {stored_bytes} bytes a thread without predicates")
     return min(candidates, key=lambda path: (len(accesses(path)), -len(path)))

@@ -42,8 +42,10 @@ import torch
 
 from adamw_triton import launch
 from adamw_triton.scalars import Scalars
+from adamw_triton.storage import Rounding, Storage, TensorState
 
 from .listing import Instruction, Listing, full_block_path, parse_amdgcn, parse_sass, split_accesses
+from .policies import DTYPES, Policy, dtype_name
 
 # backend, architecture, threads of a warp
 TARGETS: dict[str, tuple[str, int | str, int]] = {
@@ -53,7 +55,6 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 KERNELS = ("tensor", "table")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -68,21 +69,43 @@ class Variant:
     amp: bool = False  # with grad_scale and found_inf
     scalars_row: bool = False  # scalars in memory
     aligned: bool = True  # all tensors to 16 bytes
+    master: str | None = None  # int16 or int8 remainder, or fp32 master
+    stochastic: bool = False
 
     def __str__(self) -> str:
-        flags = [flag for flag in ("amsgrad", "maximize", "amp", "scalars_row") if getattr(self, flag)]
+        flags = [flag for flag in ("amsgrad", "maximize", "amp", "scalars_row", "stochastic") if getattr(self, flag)]
+        if self.master is not None:
+            flags.append(f"master_{self.master}")
         return "-".join([self.target, self.kernel, *self.dtypes, *flags, *([] if self.aligned else ["unaligned"])])
+
+    @classmethod
+    def of(cls, target: str, kernel: str, policy: Policy) -> Variant:
+        master = None if policy.master is None else dtype_name(policy.master)
+        stochastic = policy.stochastic_rounding
+        names = policy.dtype_names
+        return cls(target, kernel, names, amsgrad=policy.amsgrad, master=master, stochastic=stochastic)
+
+    @property
+    def _widths(self) -> list[int]:
+        """Bytes per element of param, grad, exp_avg, exp_avg_sq (, max_exp_avg_sq) (, master)."""
+        widths = [DTYPES[name].itemsize for name in self.dtypes]
+        widths += widths[3:] if self.amsgrad else []
+        return widths if self.master is None else [*widths, DTYPES[self.master].itemsize]
 
     @property
     def read_widths(self) -> list[int]:
-        """Bytes per element of each tensor that a step reads."""
-        widths = [DTYPES[name].itemsize for name in self.dtypes]
-        return widths + widths[3:] if self.amsgrad else widths
+        """Bytes per element of each tensor that a step reads: an fp32 master in place of the parameter."""
+        return self._widths[1:] if self.master == "fp32" else self._widths
 
     @property
     def written_widths(self) -> list[int]:
         """Bytes per element of each tensor that a step writes: all but the gradient."""
-        return self.read_widths[:1] + self.read_widths[2:]
+        return self._widths[:1] + self._widths[2:]
+
+    @property
+    def scales(self) -> int:
+        """Moments of which 128 elements share a scale: 4 bytes that every thread loads and one in 16 stores."""
+        return sum(name in ("int8", "uint8") for name in self.dtypes)
 
 
 @dataclass(frozen=True)
@@ -182,35 +205,48 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
 
 def compile_variant(variant: Variant) -> Compiled:
     param, grad, exp_avg, exp_avg_sq = (DTYPES[name] for name in variant.dtypes)
-    scalars = torch.zeros(7, dtype=torch.float64) if variant.scalars_row else Scalars(*[0.5] * 7)
+    numbers = len(Scalars._fields)
+    scalars = torch.zeros(numbers, dtype=torch.float64) if variant.scalars_row else Scalars(*[0.5] * numbers)
     one = torch.ones(()) if variant.amp else None
 
     def tensor(dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(16, dtype=dtype)[0 if variant.aligned else 1 :]
 
+    master = None if variant.master is None else DTYPES[variant.master]
+    rounding = Rounding(seed=1, stream=0) if variant.stochastic else None
+
     with compiling(variant.target) as compiled:
         if variant.kernel == "table":
+            storage = Storage(param, grad, exp_avg, exp_avg_sq, master, variant.stochastic)
             table = launch.Table(
-                tensors=torch.zeros(1, 5 if variant.amsgrad else 4, dtype=torch.int64),
+                tensors=torch.zeros(1, 4, dtype=torch.int64),
                 grads=torch.zeros(1, dtype=torch.int64),
                 chunks=torch.zeros(1, 2, dtype=torch.int32),
-                dtypes=(param, grad, exp_avg, exp_avg_sq),
+                storage=storage,
                 amsgrad=variant.amsgrad,
                 aligned=variant.aligned,
-                configuration=launch.configuration_of(param, grad, exp_avg, exp_avg_sq),
+                seed=1,
+                configuration=launch.configuration_of(*storage.dtypes),
             )
             launch.launch_table(table, scalars, maximize=variant.maximize, grad_scale=one, found_inf=one)
         else:
-            launch.launch_tensor(
-                tensor(param),
-                tensor(grad),
+            state = TensorState(
                 tensor(exp_avg),
                 tensor(exp_avg_sq),
                 tensor(exp_avg_sq) if variant.amsgrad else None,
+                None if master is None else tensor(master),
+                tensor(torch.float32) if exp_avg == torch.int8 else None,
+                tensor(torch.float32) if exp_avg_sq == torch.uint8 else None,
+            )
+            launch.launch_tensor(
+                tensor(param),
+                tensor(grad),
+                state,
                 scalars,
                 maximize=variant.maximize,
                 grad_scale=one,
                 found_inf=one,
+                rounding=rounding,
             )
     return compiled[0]
 
@@ -218,14 +254,17 @@ def compile_variant(variant: Variant) -> Compiled:
 # Disassembly
 
 
-def analyse(listing: Listing, *, threads: int, elements: int, stored_bytes: int, **resources: int) -> MachineCode:
+def analyse(
+    listing: Listing, *, threads: int, elements: int, stored_bytes: int, scales: int = 0, **resources: int
+) -> MachineCode:
     """Count in a listing.
 
     Args:
-        stored_bytes: per thread of a full block.
+        stored_bytes: per thread of a full block, without scales.
+        scales: how many moments have scales.
         resources: `registers`, `shared_bytes`, `local_bytes`, `spills`.
     """
-    path = full_block_path(listing, stored_bytes)
+    path = full_block_path(listing, stored_bytes, scales)
     tensor, uniform = split_accesses(path)
 
     def count(instructions: list[Instruction], pattern: str) -> int:
@@ -253,7 +292,14 @@ def examine(variant: Variant) -> MachineCode:
     elements = block_size // threads
     listing, resources = _amd(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _nvidia(kernel.asm["cubin"])
     stored_bytes = elements * sum(variant.written_widths)
-    return analyse(listing, threads=threads, elements=elements, stored_bytes=stored_bytes, **resources)
+    return analyse(
+        listing,
+        threads=threads,
+        elements=elements,
+        stored_bytes=stored_bytes,
+        scales=variant.scales,
+        **resources,
+    )
 
 
 def _nvidia(cubin: bytes) -> tuple[Listing, dict[str, int]]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adamw_triton import AdamW
+from adamw_triton.storage import Policy as StoragePolicy
 
 from . import common
 from .policies import Policy
@@ -80,12 +81,11 @@ def problem(shapes: Sequence[tuple[int, ...]], policy: Policy, device: torch.dev
         # Between 1/2 and 3/2 in size: squares that every dtype can hold.
         sign = torch.randint(0, 2, shape, dtype=torch.int8, device=device).to(policy.grad).mul_(2).sub_(1)
         param.grad = torch.rand(shape, dtype=policy.grad, device=device).add_(0.5).mul_(sign)
-        state = {
-            "exp_avg": torch.zeros(shape, dtype=policy.exp_avg, device=device),
-            "exp_avg_sq": torch.zeros(shape, dtype=policy.exp_avg_sq, device=device),
-        }
-        if policy.amsgrad:
-            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
+        state: dict[str, Tensor] = {}
+        with torch.no_grad():
+            options = {**policy.options, "exp_avg_dtype": policy.exp_avg, "exp_avg_sq_dtype": policy.exp_avg_sq}
+            StoragePolicy.of({**options, "seed": 0}).complete(param, state, amsgrad=policy.amsgrad)
+        del state["step"]
         params.append(param)
         moments.append(state)
     return params, moments
@@ -150,7 +150,7 @@ def _share(optimizer: Optimizer, params: Sequence[Tensor], moments: Moments, ste
 
 def _ours(foreach: bool | None) -> Callable[[Sequence[Tensor], Policy, Moments], Stepper]:
     def make(params: Sequence[Tensor], policy: Policy, moments: Moments) -> Stepper:
-        optimizer = AdamW(params, **HYPER, amsgrad=policy.amsgrad, foreach=foreach)
+        optimizer = AdamW(params, **HYPER, **policy.options, foreach=foreach)
         _share(optimizer, params, moments)
         return optimizer
 
@@ -159,6 +159,7 @@ def _ours(foreach: bool | None) -> Callable[[Sequence[Tensor], Policy, Moments],
 
 def _torch(**form: Any) -> Callable[[Sequence[Tensor], Policy, Moments], Stepper]:
     def make(params: Sequence[Tensor], policy: Policy, moments: Moments) -> Stepper:
+        _require_floats(policy)
         optimizer = torch.optim.AdamW(params, **HYPER, amsgrad=policy.amsgrad, **form)
         _share(optimizer, params, moments, step_on_device=form.get("fused", False))
         return optimizer
@@ -174,6 +175,7 @@ class _Compiled:
 def _compiled(params: Sequence[Tensor], policy: Policy, moments: Moments) -> Stepper:
     if len(params) > MAX_COMPILED_TENSORS:
         raise Unavailable(f"{len(params)} tensors; more than {MAX_COMPILED_TENSORS} take minutes to compile")
+    _require_floats(policy)
     if len(set(policy.dtypes)) > 1:
         raise Unavailable("the step that it compiles needs one dtype for parameters, gradients and moments")
     optimizer = torch.optim.AdamW(params, **HYPER, amsgrad=policy.amsgrad)
@@ -181,7 +183,15 @@ def _compiled(params: Sequence[Tensor], policy: Policy, moments: Moments) -> Ste
     return _Compiled(optimizer)
 
 
-def _require_plain_state(policy: Policy, *, amsgrad: bool = False) -> None:
+def _require_floats(policy: Policy) -> None:
+    if not policy.is_plain:
+        raise Unavailable("has neither 8-bit moments nor master weights nor stochastic rounding")
+
+
+def _require_plain_state(policy: Policy, *, amsgrad: bool = False, is_8bit: bool = False) -> None:
+    if is_8bit and policy.exp_avg == torch.int8 and policy.exp_avg_sq == torch.uint8:
+        return  # what it stores is of that kind, if not the same
+    _require_floats(policy)
     if policy.amsgrad and not amsgrad:
         raise Unavailable("has no amsgrad")
     if not policy.param == policy.exp_avg == policy.exp_avg_sq:
@@ -195,7 +205,7 @@ def _optimi(params: Sequence[Tensor], policy: Policy, moments: Moments) -> Stepp
 
 def _flashoptim(*, quantize: bool) -> Callable[[Sequence[Tensor], Policy, Moments], Stepper]:
     def make(params: Sequence[Tensor], policy: Policy, moments: Moments) -> Stepper:
-        _require_plain_state(policy)
+        _require_plain_state(policy, is_8bit=quantize)
         # It refuses master weights where all parameters are fp32, and warns where there are none and they are not.
         bits = 24 if quantize and policy.param != torch.float32 else None
         with warnings.catch_warnings():
@@ -208,7 +218,7 @@ def _flashoptim(*, quantize: bool) -> Callable[[Sequence[Tensor], Policy, Moment
 
 
 def _torchao(params: Sequence[Tensor], policy: Policy, moments: Moments) -> Stepper:
-    _require_plain_state(policy, amsgrad=True)
+    _require_plain_state(policy, amsgrad=True, is_8bit=True)
     return import_module("torchao.optim").AdamW8bit(params, **HYPER, amsgrad=policy.amsgrad)
 
 

@@ -58,7 +58,7 @@ def static(document: dict[str, Any]) -> str:
     for policy, kernel in dict.fromkeys((r["policy"], r["kernel"]) for r in found):
         cells = {r["target"]: r for r in found if (r["policy"], r["kernel"]) == (policy, kernel)}
         counts = [f"{cells[t]['instructions_per_element']:.1f}" if t in cells else "" for t in targets]
-        rows.append([policy, kernel, f"{next(iter(cells.values()))['bytes_per_element']:.0f}", *counts])
+        rows.append([policy, kernel, f"{next(iter(cells.values()))['bytes_per_element']:.4g}", *counts])
     return markdown(["policy", "entry", "bytes", *targets], rows) + conditions(document)
 
 
@@ -70,11 +70,9 @@ def arithmetic(document: dict[str, Any]) -> str:
 
 def memory(document: dict[str, Any]) -> str:
     found = {r["policy"]: r for r in document["records"] if r["command"] == "static" and "state_bytes" in r}
-    rows = [
-        [r["storage"], str(r["state_bytes"]), f"{r['read_bytes']} + {r['written_bytes']} = {r['bytes_per_element']}"]
-        for r in found.values()
-    ]
-    headings = ["stored", "state, bytes per parameter", "read + written per step, bytes"]
+    keys = ("state_bytes", "read_bytes", "written_bytes", "bytes_per_element")
+    rows = [[r["storage"], *(f"{r[key]:.4g}" for key in keys)] for r in found.values()]
+    headings = ["stored", "state, bytes per parameter", "read per step", "written", "together"]
     return markdown(headings, rows) + conditions(document)
 
 

@@ -125,7 +125,7 @@ def measure(options: argparse.Namespace) -> list[Record]:
     for target in dict.fromkeys(getattr(options, "target", TARGETS)):
         names = dict.fromkeys(getattr(options, "policy", BY_NAME))
         cases = [(policy, kernel) for policy in POLICIES if policy.name in names for kernel in KERNELS]
-        variants = [Variant(target, kernel, p.dtype_names, amsgrad=p.amsgrad) for p, kernel in cases]
+        variants = [Variant.of(target, kernel, policy) for policy, kernel in cases]
         results: Sequence[MachineCode | Failure]
         try:
             results = examine_all(variants)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from adamw_triton import AdamW, launch
 from adamw_triton.scalars import Hyper, Scalars, host_scalars
+from adamw_triton.storage import Rounding, TensorState
 
 from . import common, devices, peers, records, timing
 from .policies import BY_NAME as POLICIES_BY_NAME
@@ -46,7 +47,7 @@ COLUMNS = {
 }
 
 
-def needed_bytes(policy: Policy, elements: int) -> int:
+def needed_bytes(policy: Policy, elements: int) -> float:
     """The tensors of a step, and the source and target of a copy that moves as many bytes as it."""
     stored = policy.param.itemsize + policy.grad.itemsize + policy.state_bytes
     return elements * (stored + policy.bytes_per_element)
@@ -104,10 +105,10 @@ class Case:
         assert self.param.grad is not None
         self.policy = policy
         self.grad = self.param.grad
-        step_bytes = elements * policy.bytes_per_element
-        skeleton_bytes = elements * sum((policy.read_bytes, policy.written_bytes))
-        if policy.amsgrad:  # the skeleton does not touch the fifth tensor
-            skeleton_bytes -= 2 * elements * policy.exp_avg_sq.itemsize
+        step_bytes = round(elements * policy.bytes_per_element)
+        self.state = TensorState.of(self.moments, policy.amsgrad)
+        # It does not touch a fifth tensor.
+        skeleton_bytes = elements * (sum(2 * dtype.itemsize for dtype in policy.dtypes) - policy.grad.itemsize)
         self.calls: dict[str, timing.Call] = {}
         self.errors: dict[str, str] = {}
         self.bytes = dict.fromkeys(PROVIDERS, step_bytes)
@@ -139,17 +140,17 @@ class Case:
 
     def _tensor(self) -> dict[str, timing.Call]:
         scalars = step_scalars()
-        param, exp_avg, exp_avg_sq = self.param.detach(), self.moments["exp_avg"], self.moments["exp_avg_sq"]
-        maximum = self.moments.get("max_exp_avg_sq")
+        param = self.param.detach()
+        rounding = Rounding(seed=0, stream=0) if self.policy.stochastic_rounding else None
         return {
             TENSOR: lambda: launch.launch_tensor(
-                param, self.grad, exp_avg, exp_avg_sq, maximum, scalars, maximize=False
+                param, self.grad, self.state, scalars, maximize=False, rounding=rounding
             )
         }
 
     def _table(self) -> dict[str, timing.Call]:
         # The table that the optimizer makes for itself, so that it cannot be another one.
-        optimizer = AdamW([self.param], **peers.HYPER, amsgrad=self.policy.amsgrad, foreach=True)
+        optimizer = AdamW([self.param], **peers.HYPER, **self.policy.options, foreach=True)
         optimizer.state[self.param] = {"step": torch.tensor(0.0), **self.moments}
         optimizer.step()
         assert optimizer._plan is not None
@@ -160,6 +161,8 @@ class Case:
         return {TABLE: lambda: launch.launch_table(table, scalars, maximize=False)}
 
     def _fused(self) -> dict[str, timing.Call]:
+        if not self.policy.is_plain:
+            raise peers.Unavailable("has neither 8-bit moments nor master weights nor stochastic rounding")
         # The operator itself: the Python around it would be part of the time between events.
         lr, (beta1, beta2), eps, weight_decay = peers.HYPER.values()
         param, exp_avg, exp_avg_sq = [self.param.detach()], [self.moments["exp_avg"]], [self.moments["exp_avg_sq"]]
@@ -193,6 +196,8 @@ class Case:
     def _skeleton(self) -> dict[str, timing.Call]:
         from . import roofs
 
+        if not self.policy.is_plain:
+            raise peers.Unavailable("reads and writes floating-point tensors only")
         param, exp_avg, exp_avg_sq = self.param.detach(), self.moments["exp_avg"], self.moments["exp_avg_sq"]
         return {SKELETON: lambda: roofs.skeleton(param, self.grad, exp_avg, exp_avg_sq)}
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adamw_triton import launch
 from adamw_triton.launch import Configuration
+from adamw_triton.storage import Rounding, TensorState
 
 from . import common, peers, records, timing
 from .policies import BY_NAME as POLICIES_BY_NAME
@@ -49,25 +50,35 @@ def name_of(one: Configuration) -> str:
     return f"block {one.block_size} warps {one.num_warps} {one.eviction or 'no hint'}"
 
 
+def configuration_of(policy: Policy) -> Configuration:
+    return launch.configuration_of(*policy.dtypes, *([policy.master] if policy.master else []))
+
+
 def configurations() -> list[Configuration]:
     """Every configuration whose threads all have elements, and not too many."""
     every = [Configuration(*one) for one in itertools.product(BLOCK_SIZES, NUM_WARPS, EVICTIONS)]
     return [one for one in every if 1 <= elements_per_thread(one) <= MAX_ELEMENTS_PER_THREAD]
 
 
-def calls(tensors: list[Tensor], entry: str, chosen: list[Configuration]) -> dict[str, timing.Call]:
-    """A launch of each configuration on the same param, grad, exp_avg, exp_avg_sq (, max_exp_avg_sq)."""
+def calls(
+    param: Tensor,
+    grad: Tensor,
+    state: TensorState,
+    entry: str,
+    chosen: list[Configuration],
+    rounding: Rounding | None = None,
+) -> dict[str, timing.Call]:
+    """A launch of each configuration on the same tensors."""
     scalars = step_scalars()
-    param, grad, exp_avg, exp_avg_sq, *rest = tensors
-    maximum = rest[0] if rest else None
 
     def tensor_call(one: Configuration) -> timing.Call:
         return lambda: launch.launch_tensor(
-            param, grad, exp_avg, exp_avg_sq, maximum, scalars, maximize=False, configuration=one
+            param, grad, state, scalars, maximize=False, rounding=rounding, configuration=one
         )
 
     def table_call(one: Configuration) -> timing.Call:
-        table = launch.Table.of([param], [grad], [tensors[2:]], aligned=True, configuration=one)
+        roundings = None if rounding is None else [rounding]
+        table = launch.Table.of([param], [grad], [state], aligned=True, roundings=roundings, configuration=one)
         return lambda: launch.launch_table(table, scalars, maximize=False)
 
     make = tensor_call if entry == "tensor" else table_call
@@ -76,7 +87,7 @@ def calls(tensors: list[Tensor], entry: str, chosen: list[Configuration]) -> dic
 
 def rows(policy: Policy, entry: str, elements: int, samples: timing.Samples) -> list[Record]:
     """Records of one sweep, fastest first."""
-    used = launch.configuration_of(*policy.dtypes)
+    used = configuration_of(policy)
     moved = elements * policy.bytes_per_element
     speeds = {name: records.spread([moved / ms / 1e6 for ms in taken]) for name, taken in samples.items()}
     best = max(speed["median"] for speed in speeds.values())
@@ -113,12 +124,13 @@ def measure(options: argparse.Namespace) -> list[Record]:
                 continue
             (param,), (moments,) = peers.problem([(options.size,)], policy, device)
             assert param.grad is not None
-            tensors = [param.detach(), param.grad, *moments.values()]
+            state = TensorState.of(moments, policy.amsgrad)
+            rounding = Rounding(seed=0, stream=0) if policy.stochastic_rounding else None
             for entry in options.entry or ENTRIES:
-                made = calls(tensors, entry, configurations())
+                made = calls(param.detach(), param.grad, state, entry, configurations(), rounding)
                 samples = timing.device_ms(made, device, samples=options.samples, flush=flush)
                 found += rows(policy, entry, options.size, samples)
-            del param, moments, tensors, made
+            del param, moments, state, made
     return found
 
 

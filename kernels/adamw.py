@@ -8,7 +8,7 @@ For a parameter θ with gradient g at step t, decoupled weight decay λ and ε o
     v <- β2 v + (1 - β2) g²
     θ <- θ - η (m / (1 - β1^t)) / (sqrt(v / (1 - β2^t)) + ε)
 
-Nothing that is constant over a launch is computed here. Its seven numbers arrive ready, made on the host
+Nothing that is constant over a launch is computed here. Its numbers arrive ready, made on the host
 in double precision, because a Python float reaches a compiled kernel as fp32:
 
     decay                       1 - ηλ
@@ -17,6 +17,7 @@ in double precision, because a Python float reaches a compiled kernel as fp32:
     neg_step_size               -η / (1 - β1^t)
     inv_bias_correction2_sqrt   1 / sqrt(1 - β2^t)
     eps                         ε
+    step                        t, which only stochastic rounding needs
 
 or as one float64 row of memory (`scalars_ptr`), in that order: for float64 parameters, which need more
 than fp32, and where only the device knows them.
@@ -25,12 +26,19 @@ than fp32, and where only the device knows them.
 import triton
 import triton.language as tl
 
+from . import storage
+
 
 @triton.jit
-def _sqrt(x):
-    """Square root of x >= 0 to about half an ulp; 0, inf and NaN map to themselves."""
+def _sqrt(x, APPROXIMATE: tl.constexpr):
+    """Square root of x >= 0 to about half an ulp; 0, inf and NaN map to themselves.
+
+    Approximate: to two ulp from 2^-126 on, and NaN of inf.
+    """
     if x.dtype == tl.float64:
         root = tl.sqrt(x)
+    elif APPROXIMATE:
+        root = x * tl.rsqrt(tl.maximum(x, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL))
     else:
         # tl.sqrt is off by up to an ulp and flushes denormals; tl.sqrt_rn branches to a subroutine. One
         # Newton step on the reciprocal root does neither. 2^±100 keeps its residual in the normal range.
@@ -46,27 +54,38 @@ def _sqrt(x):
 
 
 @triton.jit
-def _divide(numerator, denominator):
+def _divide(numerator, denominator, APPROXIMATE: tl.constexpr):
     """numerator / denominator to about half an ulp, for denominator = sqrt(fp32) * c + eps >= 0.
 
     Such a denominator is 0, infinite or far from the ends of fp32's range, so that squaring its
     reciprocal root is a reciprocal that needs no scaling, unlike tl's `/`, and no subroutine, unlike
-    tl.div_rn.
+    tl.div_rn. Approximate: to three ulp.
     """
     if denominator.dtype == tl.float64:
         quotient = numerator / denominator
     else:
         rsqrt = tl.rsqrt(denominator)
         reciprocal = rsqrt * rsqrt
-        estimate = numerator * reciprocal
-        residual = tl.fma(denominator * -1.0, estimate, numerator)
-        quotient = tl.fma(residual, reciprocal, estimate)
-        quotient = tl.where(quotient == quotient, quotient, estimate)  # denominator 0 or inf
+        quotient = numerator * reciprocal
+        if not APPROXIMATE:
+            estimate = quotient
+            residual = tl.fma(denominator * -1.0, estimate, numerator)
+            quotient = tl.fma(residual, reciprocal, estimate)
+            quotient = tl.where(quotient == quotient, quotient, estimate)  # denominator 0 or inf
     return quotient
 
 
 @triton.jit
-def _adamw_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, AMSGRAD: tl.constexpr):
+def _adamw_update(
+    param,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    max_exp_avg_sq,
+    scalars,
+    AMSGRAD: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
+):
     """The formula, on registers. Explicit fma: the same bits whatever the compiler may contract."""
     decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps = scalars
     # torch's lerp_: from the nearer end, so that β1 = 0 gives exactly grad, and inf - inf the same NaN.
@@ -78,42 +97,62 @@ def _adamw_update(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, AMS
     if AMSGRAD:
         max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
         second_moment = max_exp_avg_sq
-    denominator = tl.fma(_sqrt(second_moment), inv_bias_correction2_sqrt, eps)
-    param = tl.fma(_divide(exp_avg, denominator), neg_step_size, param * decay)
-    return param, exp_avg, exp_avg_sq, max_exp_avg_sq
+    root = _sqrt(second_moment, APPROXIMATE)
+    denominator = tl.fma(root, inv_bias_correction2_sqrt, eps)
+    param = tl.fma(_divide(exp_avg, denominator, APPROXIMATE), neg_step_size, param * decay)
+    return param, exp_avg, exp_avg_sq, max_exp_avg_sq, root
 
 
 @triton.jit
-def _load(ptr, offsets, mask, DTYPE: tl.constexpr, EVICTION: tl.constexpr):
-    return tl.load(ptr + offsets, mask=mask, eviction_policy=EVICTION).to(DTYPE)
-
-
-@triton.jit
-def _store(ptr, offsets, value, mask, EVICTION: tl.constexpr):
-    tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=mask, eviction_policy=EVICTION)
-
-
-@triton.jit
-def _step_elements(ptrs, offsets, mask, grad_factor, scalars, DTYPE: tl.constexpr, EVICTION: tl.constexpr):
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr = ptrs
+def _step_elements(
+    ptrs,
+    start,
+    offsets,
+    mask,
+    remaining,
+    grad_factor,
+    scalars,
+    rounding,
+    DTYPE: tl.constexpr,
+    ROUNDING: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr, master_ptr, m_scale_ptr, v_scale_ptr = ptrs
     AMSGRAD: tl.constexpr = max_exp_avg_sq_ptr is not None
-    param = _load(param_ptr, offsets, mask, DTYPE, EVICTION)
-    grad = _load(grad_ptr, offsets, mask, DTYPE, EVICTION)
-    exp_avg = _load(exp_avg_ptr, offsets, mask, DTYPE, EVICTION)
-    exp_avg_sq = _load(exp_avg_sq_ptr, offsets, mask, DTYPE, EVICTION)
+    param = storage.load_param(param_ptr, master_ptr, offsets, mask, DTYPE, EVICTION)
+    grad = storage.load(grad_ptr, offsets, mask, DTYPE, EVICTION)
+    exp_avg = storage.load_exp_avg(exp_avg_ptr, m_scale_ptr, offsets, mask, remaining, DTYPE, EVICTION)
+    exp_avg_sq = storage.load_exp_avg_sq(exp_avg_sq_ptr, v_scale_ptr, offsets, mask, remaining, DTYPE, EVICTION)
     max_exp_avg_sq = exp_avg_sq
     if AMSGRAD:
-        max_exp_avg_sq = _load(max_exp_avg_sq_ptr, offsets, mask, DTYPE, EVICTION)
+        max_exp_avg_sq = storage.load(max_exp_avg_sq_ptr, offsets, mask, DTYPE, EVICTION)
     if grad_factor is not None:
         grad = grad * grad_factor
-    param, exp_avg, exp_avg_sq, max_exp_avg_sq = _adamw_update(
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars, AMSGRAD
+    # Where exp_avg_sq was rounded to 8 bits, the last bits of its root mean nothing.
+    APPROXIMATE: tl.constexpr = v_scale_ptr is not None
+    param, exp_avg, exp_avg_sq, max_exp_avg_sq, root = _adamw_update(
+        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars[:7], AMSGRAD, APPROXIMATE
     )
-    _store(param_ptr, offsets, param, mask, EVICTION)
-    _store(exp_avg_ptr, offsets, exp_avg, mask, EVICTION)
-    _store(exp_avg_sq_ptr, offsets, exp_avg_sq, mask, EVICTION)
+    noise = (None, None, None)
+    if ROUNDING != "nearest":
+        seed, stream, element_offset = rounding
+        noise = storage.noise_of(
+            seed,
+            scalars[7].to(tl.int32),
+            stream,
+            start + element_offset,
+            param,
+            offsets.shape[0],
+            ROUNDING != "stochastic",
+        )
+    storage.store_param(param_ptr, master_ptr, offsets, param, noise[0], mask, EVICTION)
+    storage.store_exp_avg(exp_avg_ptr, m_scale_ptr, offsets, exp_avg, noise[1], mask, remaining, EVICTION)
+    storage.store_exp_avg_sq(
+        exp_avg_sq_ptr, v_scale_ptr, offsets, exp_avg_sq, root, noise[2], mask, remaining, EVICTION
+    )
     if AMSGRAD:
-        _store(max_exp_avg_sq_ptr, offsets, max_exp_avg_sq, mask, EVICTION)
+        # The noise of exp_avg_sq, so that the maximum stays the larger one.
+        storage.store(max_exp_avg_sq_ptr, offsets, max_exp_avg_sq, noise[2], mask, EVICTION)
 
 
 @triton.jit
@@ -126,6 +165,7 @@ def _load_scalars(scalars_ptr, DTYPE: tl.constexpr):
         tl.load(scalars_ptr + 4).to(DTYPE),
         tl.load(scalars_ptr + 5).to(DTYPE),
         tl.load(scalars_ptr + 6).to(DTYPE),
+        tl.load(scalars_ptr + 7).to(DTYPE),
     )
 
 
@@ -138,7 +178,9 @@ def _step_block(
     found_inf_ptr,
     scalars_ptr,
     scalars,
+    rounding,
     MAXIMIZE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
@@ -147,7 +189,7 @@ def _step_block(
         if tl.load(found_inf_ptr) != 0.0:
             return
 
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr = ptrs
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr, master_ptr, m_scale_ptr, v_scale_ptr = ptrs
     IS_DOUBLE: tl.constexpr = param_ptr.dtype.element_ty == tl.float64
     DTYPE: tl.constexpr = tl.float64 if IS_DOUBLE else tl.float32
     if scalars_ptr is not None:
@@ -164,26 +206,50 @@ def _step_block(
     start = block.to(tl.int64) * BLOCK_SIZE
     if max_exp_avg_sq_ptr is not None:
         max_exp_avg_sq_ptr += start
-    ptrs = (param_ptr + start, grad_ptr + start, exp_avg_ptr + start, exp_avg_sq_ptr + start, max_exp_avg_sq_ptr)
+    if master_ptr is not None:
+        master_ptr += start
+    if m_scale_ptr is not None:
+        m_scale_ptr += start // storage.GROUP_SIZE
+    if v_scale_ptr is not None:
+        v_scale_ptr += start // storage.GROUP_SIZE
+    ptrs = (
+        param_ptr + start,
+        grad_ptr + start,
+        exp_avg_ptr + start,
+        exp_avg_sq_ptr + start,
+        max_exp_avg_sq_ptr,
+        master_ptr,
+        m_scale_ptr,
+        v_scale_ptr,
+    )
     offsets = tl.arange(0, BLOCK_SIZE)
     remaining = n_elements - start
     # A mask whose bound is not a multiple of 16 splits every 128-bit access in four: full blocks have none.
     if remaining >= BLOCK_SIZE:
-        _step_elements(ptrs, offsets, None, grad_factor, scalars, DTYPE, EVICTION)
+        _step_elements(ptrs, start, offsets, None, None, grad_factor, scalars, rounding, DTYPE, ROUNDING, EVICTION)
     else:
-        _step_elements(ptrs, offsets, offsets < remaining.to(tl.int32), grad_factor, scalars, DTYPE, EVICTION)
+        tail = remaining.to(tl.int32)
+        _step_elements(
+            ptrs, start, offsets, offsets < tail, tail, grad_factor, scalars, rounding, DTYPE, ROUNDING, EVICTION
+        )
 
 
-@triton.jit(do_not_specialize=["n_elements"])
+@triton.jit(do_not_specialize=["n_elements", "seed", "stream", "element_offset"])
 def adamw_kernel(
     param_ptr,
     grad_ptr,
     exp_avg_ptr,
     exp_avg_sq_ptr,
     max_exp_avg_sq_ptr,
+    master_ptr,
+    exp_avg_scale_ptr,
+    exp_avg_sq_scale_ptr,
     n_elements: tl.int64,
     grad_scale_ptr,
     found_inf_ptr,
+    seed: tl.int64,
+    stream: tl.int32,
+    element_offset: tl.int64,
     scalars_ptr,
     decay,
     lerp_weight,
@@ -192,25 +258,45 @@ def adamw_kernel(
     neg_step_size,
     inv_bias_correction2_sqrt,
     eps,
+    step,
     MAXIMIZE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     EVICTION: tl.constexpr = "",
 ):
     """Step one tensor of n_elements; one program for each BLOCK_SIZE elements.
 
-    EVICTION is a hint to the caches for all tensors: "", "evict_first" or "evict_last".
-    `max_exp_avg_sq_ptr`, `grad_scale_ptr`, `found_inf_ptr` and `scalars_ptr` may be None: the compiled
+    master_ptr  int16 or int8 remainder of a bf16 parameter, or fp32 master of any other
+    *_scale_ptr fp32 scales of 8-bit moments, one for each storage.GROUP_SIZE elements
+    seed, stream, element_offset
+                of stochastic rounding: the key, the parameter's number, and the index of the first element in the
+                whole parameter, of which this may be a slice; a multiple of 8, unless ROUNDING says "shifted"
+    ROUNDING    "nearest", "stochastic" (bf16, and a remainder of 8 bits) or "stochastic shifted"
+    EVICTION    a hint to the caches for all tensors: "", "evict_first" or "evict_last"
+
+    max_exp_avg_sq_ptr, master_ptr, scales, grad_scale_ptr, found_inf_ptr and scalars_ptr may be None: the compiled
     kernel then has no trace of them.
     """
     _step_block(
-        (param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr),
+        (
+            param_ptr,
+            grad_ptr,
+            exp_avg_ptr,
+            exp_avg_sq_ptr,
+            max_exp_avg_sq_ptr,
+            master_ptr,
+            exp_avg_scale_ptr,
+            exp_avg_sq_scale_ptr,
+        ),
         tl.program_id(0),
         n_elements,
         grad_scale_ptr,
         found_inf_ptr,
         scalars_ptr,
-        (decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps),
+        (decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps, step),
+        (seed, stream, element_offset),
         MAXIMIZE,
+        ROUNDING,
         BLOCK_SIZE,
         EVICTION,
     )
@@ -224,13 +310,14 @@ def _table_ptr(address_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     return ptr
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def adamw_table_kernel(
     tensors_ptr,
     grads_ptr,
     chunks_ptr,
     grad_scale_ptr,
     found_inf_ptr,
+    seed: tl.int64,
     scalars_ptr,
     decay,
     lerp_weight,
@@ -239,31 +326,57 @@ def adamw_table_kernel(
     neg_step_size,
     inv_bias_correction2_sqrt,
     eps,
+    step,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     EXP_AVG_DTYPE: tl.constexpr,
     EXP_AVG_SQ_DTYPE: tl.constexpr,
+    MASTER_DTYPE: tl.constexpr,
     AMSGRAD: tl.constexpr,
     ALIGNED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     EVICTION: tl.constexpr = "",
 ):
     """Step a table of tensors; one program for each chunk of BLOCK_SIZE elements.
 
-    tensors_ptr  int64 [n_tensors, 4|5]  n_elements, addresses of param, exp_avg, exp_avg_sq (, max_exp_avg_sq)
+    tensors_ptr  int64 [n_tensors, ...]  n_elements and addresses of param, exp_avg, exp_avg_sq; then what there is of:
+                                         addresses of max_exp_avg_sq, master, exp_avg_scale, exp_avg_sq_scale; stream
     grads_ptr    int64 [n_tensors]       addresses of the gradients: the only part that changes between steps
     chunks_ptr   int32 [n_chunks, 2]     tensor, block within that tensor
 
-    ALIGNED promises that every address is a multiple of 16 bytes.
+    There is a master if MASTER_DTYPE is not None, a scale for a moment of 8 bits, and a stream unless ROUNDING is
+    "nearest". ALIGNED promises that every address is a multiple of 16 bytes. Other arguments as for adamw_kernel.
     """
+    MASTER: tl.constexpr = 4 + (1 if AMSGRAD else 0)
+    EXP_AVG_SCALE: tl.constexpr = MASTER + (0 if MASTER_DTYPE is None else 1)
+    EXP_AVG_SQ_SCALE: tl.constexpr = EXP_AVG_SCALE + (1 if EXP_AVG_DTYPE == tl.int8 else 0)
+    STREAM: tl.constexpr = EXP_AVG_SQ_SCALE + (1 if EXP_AVG_SQ_DTYPE == tl.uint8 else 0)
+    COLUMNS: tl.constexpr = STREAM + (0 if ROUNDING == "nearest" else 1)
+
     chunk_ptr = chunks_ptr + 2 * tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunk_ptr)
-    row_ptr = tensors_ptr + tensor * (5 if AMSGRAD else 4)
+    row_ptr = tensors_ptr + tensor * COLUMNS
     if AMSGRAD:
         max_exp_avg_sq_ptr = _table_ptr(row_ptr + 4, EXP_AVG_SQ_DTYPE, ALIGNED)
     else:
         max_exp_avg_sq_ptr: tl.constexpr = None
+    if MASTER_DTYPE is not None:
+        master_ptr = _table_ptr(row_ptr + MASTER, MASTER_DTYPE, ALIGNED)
+    else:
+        master_ptr: tl.constexpr = None
+    if EXP_AVG_DTYPE == tl.int8:
+        exp_avg_scale_ptr = _table_ptr(row_ptr + EXP_AVG_SCALE, tl.float32, False)
+    else:
+        exp_avg_scale_ptr: tl.constexpr = None
+    if EXP_AVG_SQ_DTYPE == tl.uint8:
+        exp_avg_sq_scale_ptr = _table_ptr(row_ptr + EXP_AVG_SQ_SCALE, tl.float32, False)
+    else:
+        exp_avg_sq_scale_ptr: tl.constexpr = None
+    stream = 0
+    if ROUNDING != "nearest":
+        stream = tl.load(row_ptr + STREAM).to(tl.int32)
     _step_block(
         (
             _table_ptr(row_ptr + 1, PARAM_DTYPE, ALIGNED),
@@ -271,14 +384,19 @@ def adamw_table_kernel(
             _table_ptr(row_ptr + 2, EXP_AVG_DTYPE, ALIGNED),
             _table_ptr(row_ptr + 3, EXP_AVG_SQ_DTYPE, ALIGNED),
             max_exp_avg_sq_ptr,
+            master_ptr,
+            exp_avg_scale_ptr,
+            exp_avg_sq_scale_ptr,
         ),
         tl.load(chunk_ptr + 1),
         tl.load(row_ptr),
         grad_scale_ptr,
         found_inf_ptr,
         scalars_ptr,
-        (decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps),
+        (decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps, step),
+        (seed, stream, 0),
         MAXIMIZE,
+        ROUNDING,
         BLOCK_SIZE,
         EVICTION,
     )

@@ -21,6 +21,8 @@ PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)  # the fewest that pass BigCrush, 
 
 # Added to a float in [-2^22, 2^22], it rounds to an integer that stands in the lowest bits.
 _ROUND: tl.constexpr = tl.constexpr(12582912.0)
+_NOT_ZERO: tl.constexpr = tl.constexpr(1e-30)  # whose reciprocal root is finite
+_SMALLEST_SCALE: tl.constexpr = tl.constexpr(1e-33)  # smaller ones lose codes: 255² / scale must be finite
 
 
 @triton.jit
@@ -71,9 +73,7 @@ def store_param(param_ptr, master_ptr, offsets, value, noise, mask, EVICTION: tl
         remainder = (bits - (high << 16)) >> shift
         stored = high.to(tl.int16).to(tl.bfloat16, bitcast=True)
         tl.store(param_ptr + offsets, stored, mask=mask, eviction_policy=EVICTION)
-        tl.store(
-            master_ptr + offsets, remainder.to(master_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICTION
-        )
+        tl.store(master_ptr + offsets, remainder.to(master_ptr.dtype.element_ty), mask=mask, eviction_policy=EVICTION)
 
 
 @triton.jit
@@ -123,14 +123,11 @@ def load_exp_avg_sq(ptr, scale_ptr, offsets, mask, remaining, DTYPE: tl.constexp
 
 
 @triton.jit
-def _compand(magnitude, mask, BLOCK_SIZE: tl.constexpr):
-    """Square root of what each magnitude >= 0 is of the largest of its group, and these largest."""
+def _largest(magnitude, mask, BLOCK_SIZE: tl.constexpr):
+    """The largest of each group of magnitudes >= 0."""
     if mask is not None:
         magnitude = tl.where(mask, magnitude, 0.0)
-    scale = tl.max(tl.reshape(magnitude, (BLOCK_SIZE // GROUP_SIZE, GROUP_SIZE)), axis=1)
-    inverse = 1.0 / tl.where(scale > 0.0, scale, 1.0)
-    ratio = magnitude * _per_element(inverse, BLOCK_SIZE)
-    return ratio * tl.rsqrt(tl.maximum(ratio, 1e-30)), scale
+    return tl.max(tl.reshape(magnitude, (BLOCK_SIZE // GROUP_SIZE, GROUP_SIZE)), axis=1)
 
 
 @triton.jit
@@ -139,10 +136,12 @@ def store_exp_avg(ptr, scale_ptr, offsets, value, noise, mask, remaining, EVICTI
         store(ptr, offsets, value, noise, mask, EVICTION)
     else:
         BLOCK_SIZE: tl.constexpr = offsets.shape[0]
-        companded, scale = _compand(tl.abs(value), mask, BLOCK_SIZE)
+        scale = _largest(tl.abs(value), mask, BLOCK_SIZE)
+        per_scale = 127.0 * 127.0 / tl.maximum(scale, _SMALLEST_SCALE)
+        squared = value * _per_element(per_scale, BLOCK_SIZE)
+        code = tl.fma(squared, tl.rsqrt(tl.abs(squared) + _NOT_ZERO), _ROUND)
         # The lowest byte of a negative integer is its code too.
-        code = tl.fma(companded, tl.where(value < 0.0, -127.0, 127.0), _ROUND).to(tl.int32, bitcast=True)
-        tl.store(ptr + offsets, code.to(tl.int8), mask=mask, eviction_policy=EVICTION)
+        tl.store(ptr + offsets, code.to(tl.int32, bitcast=True).to(tl.int8), mask=mask, eviction_policy=EVICTION)
         _store_scale(scale_ptr, scale, remaining, BLOCK_SIZE)
 
 
@@ -153,10 +152,11 @@ def store_exp_avg_sq(ptr, scale_ptr, offsets, value, root, noise, mask, remainin
         store(ptr, offsets, value, noise, mask, EVICTION)
     else:
         BLOCK_SIZE: tl.constexpr = offsets.shape[0]
-        companded, scale = _compand(root, mask, BLOCK_SIZE)
-        at_least = tl.where(root > 0.0, 1.0, 0.0)
-        code = (tl.maximum(companded * 255.0, at_least) + _ROUND).to(tl.int32, bitcast=True)
-        tl.store(ptr + offsets, code.to(tl.uint8), mask=mask, eviction_policy=EVICTION)
+        scale = _largest(root, mask, BLOCK_SIZE)
+        per_scale = 255.0 * 255.0 / tl.maximum(scale, _SMALLEST_SCALE)
+        squared = tl.fma(root, _per_element(per_scale, BLOCK_SIZE), _NOT_ZERO)
+        code = tl.maximum(tl.fma(squared, tl.rsqrt(squared), _ROUND), _ROUND + 1.0)
+        tl.store(ptr + offsets, code.to(tl.int32, bitcast=True).to(tl.uint8), mask=mask, eviction_policy=EVICTION)
         _store_scale(scale_ptr, scale, remaining, BLOCK_SIZE)
 
 
@@ -166,7 +166,7 @@ def noise_of(seed, step, stream, start, param, BLOCK_SIZE: tl.constexpr, SHIFTED
 
     Args:
         start: index of the block's first element in the whole parameter.
-        param: 0 where it is NaN: bits added to NaN's ones would make it a number.
+        param: of 8 elements one of which is not finite all bits are 0: added to a NaN's they would make it a number.
         SHIFTED: whether `start` may be other than a multiple of 8.
     """
     eighth = tl.expand_dims(tl.arange(0, BLOCK_SIZE // 8), 1)
@@ -178,9 +178,16 @@ def noise_of(seed, step, stream, start, param, BLOCK_SIZE: tl.constexpr, SHIFTED
     counter = eighth.to(tl.uint32) + (start >> 3).to(tl.uint32)
     zero = counter * 0
     w0, w1, w2, w3 = tl.philox(
-        seed, counter, zero + (start >> 35).to(tl.uint32), zero + step.to(tl.uint32), zero + stream.to(tl.uint32),
+        seed,
+        counter,
+        zero + (start >> 35).to(tl.uint32),
+        zero + step.to(tl.uint32),
+        zero + stream.to(tl.uint32),
         PHILOX_ROUNDS,
     )
+    # 0 times what is not finite is NaN, and NaN is not 0.
+    finite = tl.expand_dims(tl.sum(tl.reshape(param * 0.0, (BLOCK_SIZE // 8, 8)), axis=1), 1) == 0.0
+    w0, w1, w2, w3 = tl.where(finite, w0, 0), tl.where(finite, w1, 0), tl.where(finite, w2, 0), tl.where(finite, w3, 0)
     word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
     other = tl.where(lane < 4, tl.where(lane < 2, w1, w2), tl.where(lane < 6, w3, w0))
     # An odd multiple's high half depends on all bits, its low half on the low ones. So an even element's bits
@@ -191,9 +198,8 @@ def noise_of(seed, step, stream, start, param, BLOCK_SIZE: tl.constexpr, SHIFTED
     of_exp_avg = tl.where(is_odd, word & 0xFFFF, word >> 16)
     other *= 0x85EBCA77
     of_exp_avg_sq = tl.where(is_odd, other & 0xFFFF, other >> 16)
-    is_number = param == param
     return (
-        tl.where(is_number, tl.reshape(of_param, (BLOCK_SIZE,)).to(tl.int32), 0),
-        tl.where(is_number, tl.reshape(of_exp_avg, (BLOCK_SIZE,)).to(tl.int32), 0),
-        tl.where(is_number, tl.reshape(of_exp_avg_sq, (BLOCK_SIZE,)).to(tl.int32), 0),
+        tl.reshape(of_param, (BLOCK_SIZE,)).to(tl.int32),
+        tl.reshape(of_exp_avg, (BLOCK_SIZE,)).to(tl.int32),
+        tl.reshape(of_exp_avg_sq, (BLOCK_SIZE,)).to(tl.int32),
     )

@@ -8,6 +8,7 @@ import torch
 
 from adamw_triton import launch
 from adamw_triton.scalars import Hyper, host_scalars
+from adamw_triton.storage import TensorState
 
 # Unit roundoff: the largest relative error of rounding to nearest.
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -27,7 +28,8 @@ def truncates_bf16():
     exp_avg = torch.zeros(1000, dtype=torch.bfloat16, device=device)
     scalars = host_scalars(Hyper(lr=0.0, beta1=0.0, beta2=0.9, eps=1e-8, weight_decay=0.0), 1)
     # Not through adamw_, which a test may have sent to the reference.
-    launch.launch_tensor(torch.zeros_like(grad), grad, exp_avg, torch.zeros_like(grad), None, scalars, maximize=False)
+    state = TensorState(exp_avg, torch.zeros_like(grad))
+    launch.launch_tensor(torch.zeros_like(grad), grad, state, scalars, maximize=False)
     if torch.equal(exp_avg, grad.bfloat16()):
         return False
     assert torch.equal(exp_avg, (grad.view(torch.int32) >> 16 << 16).view(torch.float32).bfloat16())

@@ -9,6 +9,7 @@ import torch
 from torch.autograd import DeviceType
 
 from adamw_triton import launch
+from adamw_triton.storage import Rounding, TensorState
 from bench import common, models, peers, records, roofs, throughput, timing, tune
 from bench.policies import BY_NAME, POLICIES
 
@@ -193,7 +194,7 @@ def test_sizes():
 def test_every_thread_of_a_configuration_has_elements():
     every = tune.configurations()
     assert all(1 <= tune.elements_per_thread(one) <= tune.MAX_ELEMENTS_PER_THREAD for one in every)
-    assert all(launch.configuration_of(*policy.dtypes) in every for policy in POLICIES)
+    assert all(tune.configuration_of(policy) in every for policy in POLICIES)
     assert {one.eviction for one in every} == set(tune.EVICTIONS)
 
 
@@ -208,7 +209,10 @@ def test_configurations_step_alike(policy, entry):
         (param,), (moments,) = peers.problem([(700,)], policy, CPU)
         tensors = [param.detach(), param.grad, *moments.values()]
         before = [tensor.clone() for tensor in tensors]
-        tune.calls(tensors, entry, configurations)[tune.name_of(one)]()
+        state = TensorState.of(moments, policy.amsgrad)
+        rounding = Rounding(0, 0) if policy.stochastic_rounding else None
+        made = tune.calls(param.detach(), param.grad, state, entry, configurations, rounding)
+        made[tune.name_of(one)]()
         assert not torch.equal(before[2], tensors[2]) and torch.equal(before[1], tensors[1])
         results.append(tensors)
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

@@ -41,7 +41,7 @@ CODE = MachineCode(
 
 @pytest.fixture(scope="module")
 def compiled():
-    variants = [Variant("sm_90", kernel, policy.dtype_names, amsgrad=policy.amsgrad) for policy, kernel in CASES]
+    variants = [Variant.of("sm_90", kernel, policy) for policy, kernel in CASES]
     return dict(zip(CASES, examine_all(variants), strict=True))
 
 

@@ -6,6 +6,7 @@ from helpers import Guarded, assert_step, random_state
 
 from adamw_triton import launch
 from adamw_triton.scalars import Hyper, host_scalars
+from adamw_triton.storage import Storage
 
 OPTIONS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 HYPER = Hyper.of(OPTIONS)
@@ -26,9 +27,10 @@ def test_last_blocks_of_a_large_tensor(dtype, far, device):
         tensors=torch.tensor([[far + tensors[0].numel(), param, exp_avg, exp_avg_sq]], device=device),
         grads=torch.tensor([grad], device=device),
         chunks=torch.tensor([[0, first], [0, first + 1], [0, first + 2]], dtype=torch.int32, device=device),
-        dtypes=(dtype,) * 4,
+        storage=Storage(*(dtype,) * 4),
         amsgrad=False,
         aligned=True,
+        seed=0,
         configuration=configuration,
     )
     launch.launch_table(table, host_scalars(HYPER, 5), maximize=False)

@@ -172,6 +172,7 @@ import torch
 
 from adamw_triton import adamw_, launch
 from adamw_triton.scalars import Scalars
+from adamw_triton.storage import Storage, TensorState
 from bench.machine_code import compiling
 
 VALUES = (0.0, 1.0, -1.0, 16.0, 0.1, 1e-45, float("inf"))
@@ -179,16 +180,16 @@ HYPER = ((1e-3, (0.9, 0.999), 1e-8, 0.01), (1, (0, 0), 1, 1), (0, (0.5, 0.0), 0,
 
 def tensor(scalars, size=3, offset=0):
     tensors = [torch.zeros(64)[offset : offset + 1].expand(size) for _ in range(4)]
-    launch.launch_tensor(*tensors, None, scalars, maximize=False)
+    launch.launch_tensor(*tensors[:2], TensorState(*tensors[2:]), scalars, maximize=False)
 
 def table(scalars, size=3):
     long = {"dtype": torch.int64}
     tables = torch.zeros(size, 4, **long), torch.zeros(size, **long), torch.zeros(size, 2, dtype=torch.int32)
-    dtypes = (torch.float32,) * 4
-    table = launch.Table(*tables, dtypes, False, True, launch.configuration_of(*dtypes))
+    storage = Storage(*(torch.float32,) * 4)
+    table = launch.Table(*tables, storage, False, True, 0, launch.configuration_of(*storage.dtypes))
     launch.launch_table(table, scalars, maximize=False)
 
-scalars = Scalars(*[0.5] * 7)
+scalars = Scalars(*[0.5] * 8)
 with compiling("sm_90") as aligned:
     for value in VALUES:
         tensor(Scalars(*[value] * 7))

@@ -111,15 +111,19 @@ def test_signature_and_defaults_are_torchs():
     import inspect
 
     ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (AdamW, torch.optim.AdamW))
-    assert list(ours) == list(theirs)
+    extras = ["exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_bits", "stochastic_rounding", "seed"]
+    assert list(ours) == [*theirs, *extras]
     for name, parameter in theirs.items():
         assert ours[name].default == parameter.default, name
         assert ours[name].kind == parameter.kind, name
     param = nn.Parameter(torch.zeros(1))
     ours, theirs = AdamW([param]).param_groups[0], torch.optim.AdamW([param]).param_groups[0]
+    assert not any(ours.pop(name) for name in extras)
     assert {k: v for k, v in theirs.items() if k != "decoupled_weight_decay"} == ours
     assert issubclass(AdamW, torch.optim.Optimizer)
-    assert sorted(adamw_triton.__all__) == ["AdamW", "adamw_", "param_groups_weight_decay"]
+    assert sorted(adamw_triton.__all__) == [
+        "AdamW", "adamw_", "param_groups_master_weights", "param_groups_weight_decay",
+    ]  # fmt: skip
 
 
 def test_parameters_without_a_gradient_keep_their_own_step(device, path):
