@@ -138,8 +138,8 @@ def _step_elements(
         seed, stream, element_offset = rounding
         noise = storage.noise_of(
             seed,
-            scalars[7].to(tl.int32),
-            stream,
+            tl.cast(scalars[7], tl.uint32),
+            tl.cast(stream, tl.uint32),
             start + element_offset,
             param,
             offsets.shape[0],

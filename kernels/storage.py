@@ -181,8 +181,8 @@ def noise_of(seed, step, stream, start, param, BLOCK_SIZE: tl.constexpr, SHIFTED
         seed,
         counter,
         zero + (start >> 35).to(tl.uint32),
-        zero + step.to(tl.uint32),
-        zero + stream.to(tl.uint32),
+        zero + step,
+        zero + stream,
         PHILOX_ROUNDS,
     )
     # 0 times what is not finite is NaN, and NaN is not 0.

@@ -125,16 +125,17 @@ def test_codes_of_special_blocks():
     torch.testing.assert_close(storage.decode("exp_avg_sq", codes, scale), tiny)
 
 
-def test_philox_is_numpys():
-    """NumPy has Philox4x64; the 32-bit one of the paper has known answers for 7 and 10 rounds (Random123's kat_vectors)."""
-    answers = {
-        7: ((0, 0, 0, 0, 0, 0), (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
-    }
-    for rounds, ((c0, c1, c2, c3, k0, k1), expected) in answers.items():
-        assert rounds == storage.PHILOX_ROUNDS
-        counter = torch.tensor([c0 + (c1 << 32)])
-        words = storage._philox(k0 + (k1 << 32), counter, step=c2, stream=c3)
-        assert tuple(int(word) for word in words) == expected
+@pytest.mark.parametrize(
+    ("rounds", "words"),
+    [
+        (7, (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48)),
+        (10, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ],
+)
+def test_philox_known_answers(rounds, words, monkeypatch):
+    """Of Random123, for a counter and a key of zeros."""
+    monkeypatch.setattr(storage, "PHILOX_ROUNDS", rounds)
+    assert tuple(map(int, storage._philox(0, torch.tensor([0]), step=0, stream=0))) == words
 
 
 # The step
@@ -387,7 +388,7 @@ def test_resume_is_bit_exact(policy, device, path, tmp_path):
 def test_tiny_weight_decay_acts(device, path):
     """lr * wd = 1e-6 is far below half a bf16 ulp: rounded to nearest it vanishes; it must not here."""
     options = {"lr": 1e-3, "weight_decay": 1e-3, "betas": (0.9, 0.999)}
-    steps, n = 400, 4096
+    steps, n = 150, 4096
     expected = (1 - 1e-6) ** steps
 
     def run(**storage_options):
@@ -398,16 +399,18 @@ def test_tiny_weight_decay_acts(device, path):
             optimizer.step()
         return optimizer.master_params()[0].double().mean().item()
 
-    assert run() in (1.0, pytest.approx(1 - steps * 2.0**-8, abs=0.5)), "what is shown to be mended"
-    assert run(master_weight_bits=32) == pytest.approx(expected, abs=1e-6)
+    if path == "reference" or not truncates_bf16():
+        assert run() == 1.0, "what is to be mended"
+    arithmetic = steps * 2.0**-25  # of fp32, whose rounding of 1 - 1e-6 is the same at every step
+    assert run(master_weight_bits=32) == pytest.approx(expected, abs=arithmetic)
     # The mean of n weights after `steps` roundings of 2^-8 with probability p: its standard deviation, 5 times.
     p = 1e-6 / 2.0**-8
     deviation = (steps * p * (1 - p) / n) ** 0.5 * 2.0**-8
-    assert run(stochastic_rounding=True) == pytest.approx(expected, abs=5 * deviation)
+    assert run(stochastic_rounding=True) == pytest.approx(expected, abs=5 * deviation + arithmetic)
     p = 1e-6 / 2.0**-16
     deviation = (steps * p * (1 - p) / n) ** 0.5 * 2.0**-16
     mean = run(master_weight_bits=24, stochastic_rounding=True)
-    assert mean == pytest.approx(expected, abs=5 * deviation)
+    assert mean == pytest.approx(expected, abs=5 * deviation + arithmetic)
 
 
 @pytest.mark.parametrize("start", [0.0, 100.0])
@@ -597,12 +600,10 @@ def test_what_cannot_work_is_refused(dtype, options, message):
 
 
 @pytest.mark.parametrize("master", [None, 24, 32])
-@pytest.mark.parametrize(
-    "moments", itertools.product((None, BF16, FP32, FP16, torch.int8), (None, BF16, FP32, torch.uint8))
-)
-def test_options_combine(master, moments, device):
+@pytest.mark.parametrize("exp_avg_dtype", [None, BF16, FP32, FP16, torch.int8])
+@pytest.mark.parametrize("exp_avg_sq_dtype", [None, BF16, FP32, torch.uint8])
+def test_options_combine(master, exp_avg_dtype, exp_avg_sq_dtype, device):
     """m and v independently, with maximize, a tensor lr, weight decay and, where v is a float, amsgrad."""
-    exp_avg_dtype, exp_avg_sq_dtype = moments
     options = {"exp_avg_dtype": exp_avg_dtype, "exp_avg_sq_dtype": exp_avg_sq_dtype, "master_weight_bits": master}
     param = nn.Parameter(torch.randn(700, device=device).bfloat16())
     exact = nn.Parameter(param.detach().double())
