@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_entries
+from .checks import check_entries, check_storage
 from .storage import SCALES, Policy, decode
 
 # How a step is carried out and stored belongs to the optimizer that does it; what it computes, to the checkpoint.
@@ -34,7 +34,8 @@ def prepare(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) 
         state_dict: of this optimizer or of any implementation of torch.optim.AdamW; not modified.
 
     Raises:
-        ValueError: groups or shapes that do not match. Nothing has been changed then.
+        ValueError: groups or shapes that do not match, or an amsgrad that the storage cannot have. Nothing has been
+            changed then.
     """
     saved_groups = [dict(group) for group in state_dict["param_groups"]]
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved_groups]:
@@ -44,6 +45,7 @@ def prepare(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) 
         )
     for group, saved in zip(groups, saved_groups, strict=True):
         saved.update({name: group[name] for name in _OF_THE_INSTANCE})
+        check_storage({"amsgrad": False, **saved}, group["params"])
 
     params = dict(
         zip(

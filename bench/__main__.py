@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a small GPT with torch's AdamW and with ours, and compare (the default)",
     "static": "what the kernels compile to, and what follows for GPUs that need not be here",
     "arithmetic": "error of the kernel's square root and division, by emulation",
+    "accuracy": "what storage costs in accuracy: training curves, errors of the update, gradients hard to store",
     "host": "time of step() on the host, for 10 to 10,000 tensors",
     "throughput": "bytes per second of one tensor's step, next to copies of as many bytes (GPU)",
     "models": "one step on the parameter lists of real models, ours and every peer's (GPU)",

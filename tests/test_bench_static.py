@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from adamw_triton.storage import GROUP_SIZE
 from bench import devices, records, static
 from bench.devices import DEVICES, Device
 from bench.machine_code import KERNELS, TARGETS, Failure, MachineCode, Variant, examine_all
@@ -51,8 +52,11 @@ def test_byte_formula_is_what_the_kernel_loads_and_stores(case, compiled):
     code = compiled[case]
     if isinstance(code, Failure):
         (pytest.skip if "nvdisasm" in code.reason else pytest.fail)(code.reason)
-    assert sum(code.loads) / code.elements == policy.read_bytes
-    assert sum(code.stores) / code.elements == policy.written_bytes
+    # Of a scale, every thread loads 4 bytes and one in GROUP_SIZE / elements stores them: counted once for a group.
+    scales = 4 * (not policy.exp_avg.is_floating_point) + 4 * (not policy.exp_avg_sq.is_floating_point)
+    of_group = scales / GROUP_SIZE
+    assert (sum(code.loads) - scales) / code.elements + of_group == policy.read_bytes
+    assert (sum(code.stores) - scales) / code.elements + of_group == policy.written_bytes
 
 
 def test_bytes_of_policies():
@@ -64,6 +68,12 @@ def test_bytes_of_policies():
         "bf16-param-grad": (22, 8),
         "bf16": (14, 4),
         "fp16": (14, 4),
+        "fp32-8bit": (16.125, 2.0625),
+        "bf16-master32": (26, 10),
+        "bf16-master32-bf16": (18, 6),
+        "bf16-master24-8bit": (12.125, 3.0625),
+        "bf16-stochastic": (14, 4),
+        "fp16-master32": (28, 12),
     }
     assert all(policy.bytes_per_element == policy.read_bytes + policy.written_bytes for policy in POLICIES)
 
@@ -73,6 +83,9 @@ def test_descriptions():
     assert BY_NAME["bf16-param-grad"].description == "bf16 p, g; fp32 m, v"
     assert BY_NAME["bf16-grad"].description == "fp32 p, m, v; bf16 g"
     assert BY_NAME["fp32-amsgrad"].description == "fp32 p, g, m, v, max v"
+    assert BY_NAME["bf16-master24-8bit"].description == "bf16 p, g; int8 m; uint8 v; 8-bit remainder"
+    assert BY_NAME["fp16-master32"].description == "fp16 p, g; fp32 m, v; fp32 master"
+    assert BY_NAME["bf16-stochastic"].description == "bf16 p, g, m, v; stochastic rounding"
     assert BY_NAME["bf16-param-grad"].dtypes == (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
 
 

@@ -9,7 +9,7 @@ import torch
 from helpers import Guarded, bits, truncates_bf16
 from torch import nn
 
-from adamw_triton import AdamW, adamw_, storage
+from adamw_triton import AdamW, adamw_, launch, storage
 from bench.policies import POLICIES
 
 OPTIONS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -145,8 +145,6 @@ def test_philox_known_answers(rounds, words, monkeypatch):
 @pytest.mark.parametrize("offset", [0, 1])
 def test_both_entries_and_the_reference_agree(policy, offset, device, monkeypatch):
     """Over several steps; the reference is the specification, on the CPU."""
-    from adamw_triton import launch
-
     results = []
     start = parameters(policy, SIZES, device)
     gradients = [[torch.randn_like(p).to(policy.grad) for p in start] for _ in range(4)]
@@ -249,13 +247,14 @@ def test_nothing_around_the_tensors_is_written(policy, device, path):
 
 
 def test_32_bit_master_is_the_fp32_optimizer_bit_for_bit(device, path):
-    """1000 steps of the same gradients: bf16 with a 16-bit remainder, fp16 with a master, and fp32."""
+    """1000 steps of the same gradients (200 in the interpreter): bf16 with a remainder, fp16 with a master, fp32."""
+    steps = 200 if path == "kernel" and launch.INTERPRETED else 1000
     for low in (torch.bfloat16, torch.float16):
         start = torch.randn(700, device=device).to(low)
         ours, fp32 = nn.Parameter(start.clone()), nn.Parameter(start.float())
         mine, reference = AdamW([ours], master_weight_bits=32, **OPTIONS), AdamW([fp32], **OPTIONS)
         generator = torch.Generator(device).manual_seed(1)
-        for _ in range(1000):
+        for _ in range(steps):
             ours.grad = torch.randn(700, device=device, generator=generator).to(low)
             fp32.grad = ours.grad.float()
             mine.step()
@@ -417,6 +416,8 @@ def test_tiny_weight_decay_acts(device, path):
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
 def test_8_bit_v_reaches_its_fixed_point(start, beta2, device, path):
     """A constant gradient g: v tends to g², also from far above, where a code is a larger step than the decay."""
+    if path == "kernel" and beta2 == 0.999 and launch.INTERPRETED:
+        pytest.skip("8000 launches take minutes in the interpreter")
     n, g = 400, 3.0
     param = nn.Parameter(torch.zeros(n, device=device))
     optimizer = AdamW([param], lr=0.0, betas=(0.9, beta2), exp_avg_dtype=torch.int8, exp_avg_sq_dtype=torch.uint8)
@@ -487,6 +488,10 @@ def test_state_of_any_policy_loads_into_any_other(source, target, device):
         p.grad = torch.randn_like(p)
     optimizer.step()
     other = AdamW(copies(params), **OPTIONS, **target.options)
+    if source.amsgrad and target.exp_avg_sq == torch.uint8:
+        with pytest.raises(ValueError, match="amsgrad=True needs"):
+            other.load_state_dict(optimizer.state_dict())
+        return
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for name in ("exp_avg", "exp_avg_sq"):
         for p, q in zip(params, other.param_groups[0]["params"], strict=True):

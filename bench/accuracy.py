@@ -1,0 +1,301 @@
+"""What storage costs in accuracy: training curves, the error of the update, and gradients that are hard to store."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from adamw_triton import AdamW, param_groups_weight_decay
+
+from . import common, records
+from .codes import CODES, Code
+from .data import batches, corpus
+from .gpt import GPT, Sizes
+from .policies import BY_NAME, Policy
+from .records import Record
+
+DESCRIPTION = """\
+What storage costs in accuracy. "training": a small GPT with each storage policy and several seeds, which choose weights
+and batches; forward and backward in fp32 from the stored weights, gradients rounded to the policy's dtype, so that only
+the optimizer differs; "torch bf16" is torch.optim.AdamW on bf16 parameters. "update": 8-bit moments of each kind, kept
+in step with the fp32 ones on the gradients of a training run; the error of the update relative to its norm (mean over
+steps) and of its worst element, in units of the learning rate. "gradients": weights whose gradients are tiny, rare or
+always zero, in the same groups as ordinary ones; the error of all they moved in 1000 steps relative to that."""
+
+SIZES = Sizes(layers=2, heads=4, width=128, context=64)
+BATCH = 8
+LR, WEIGHT_DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.95), 1e-8
+MAX_GRAD_NORM = 1.0
+BASELINE = "fp32"
+TORCH = "torch bf16"
+TRAINED = (BASELINE, "bf16-master32", "bf16-master24-8bit", "bf16-stochastic", TORCH)
+POINTS = 50  # of a loss curve, each the mean of the steps since the last
+VALIDATION_BATCHES = 32
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up over a tenth, then a cosine to a tenth."""
+    warm_up = max(1, steps // 10)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
+
+
+class Trainee:
+    """A GPT that computes in fp32 and whose weights are stored, and stepped, as a policy says."""
+
+    def __init__(self, name: str, seed: int, device: torch.device) -> None:
+        torch.manual_seed(seed)
+        self.model = GPT(SIZES).to(device)
+        policy: Policy = BY_NAME["bf16" if name == TORCH else name]
+        groups = param_groups_weight_decay(self.model, WEIGHT_DECAY)
+        self.computing = [param for group in groups for param in group["params"]]
+        self.stored = [nn.Parameter(param.detach().to(policy.param)) for param in self.computing]
+        by_param = dict(zip(self.computing, self.stored, strict=True))
+        for group in groups:
+            group["params"] = [by_param[param] for param in group["params"]]
+        options: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS}
+        self.optimizer: Optimizer
+        if name == TORCH:
+            self.optimizer = torch.optim.AdamW(groups, **options)
+        else:
+            self.optimizer = AdamW(groups, **options, **policy.options)
+
+    @torch.no_grad()
+    def load(self) -> None:
+        for param, stored in zip(self.computing, self.stored, strict=True):
+            param.copy_(stored)
+
+    def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        device = self.computing[0].device
+        return F.cross_entropy(self.model(inputs.to(device)).flatten(0, 1), targets.to(device).flatten())
+
+    def gradients(self, inputs: Tensor, targets: Tensor) -> float:
+        """Give every stored parameter its gradient; returns the loss."""
+        self.load()
+        loss = self.loss(inputs, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.computing, MAX_GRAD_NORM)
+        for param, stored in zip(self.computing, self.stored, strict=True):
+            assert param.grad is not None
+            stored.grad, param.grad = param.grad.to(stored.dtype), None
+        return loss.item()
+
+    def step(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = LR * factor
+        self.optimizer.step()
+
+
+def train(name: str, seed: int, steps: int, device: torch.device) -> Iterator[tuple[Trainee, float]]:
+    """The trainee before each step, with its gradients and loss, and once more after the last."""
+    trainee = Trainee(name, seed, device)
+    data, _ = corpus()
+    for step, batch in enumerate(batches(data, batch=BATCH, context=SIZES.context, count=steps, seed=seed)):
+        yield trainee, trainee.gradients(*batch)
+        trainee.step(schedule(step, steps))
+    yield trainee, math.nan
+
+
+def training_record(name: str, seed: int, steps: int, device: torch.device) -> Record:
+    losses: list[float] = []
+    for trainee, loss in train(name, seed, steps, device):  # noqa: B007
+        losses.append(loss)
+    losses.pop()
+    trainee.load()
+    _, held_out = corpus()
+    sizes = {"batch": BATCH, "context": SIZES.context, "count": VALIDATION_BATCHES, "seed": 0}
+    with torch.no_grad():
+        validation = statistics.fmean(trainee.loss(*batch).item() for batch in batches(held_out, **sizes))
+    every = max(1, steps // POINTS)
+    curve = [statistics.fmean(losses[i : i + every]) for i in range(0, len(losses) - every + 1, every)]
+    record: Record = {"command": "accuracy", "case": f"training, seed {seed}", "provider": name, "seed": seed}
+    if not (math.isfinite(validation) and all(map(math.isfinite, curve))):
+        return {**record, "error": "diverged"}
+    return {**record, "steps": steps, "steps_per_point": every, "losses": curve, "validation_loss": validation}
+
+
+def summaries(found: list[Record]) -> list[Record]:
+    """Of each policy over the seeds: the mean, and how it compares with the baseline's spread."""
+    by_policy: dict[str, dict[int, float]] = {}
+    for record in found:
+        if "validation_loss" in record:
+            by_policy.setdefault(record["provider"], {})[record["seed"]] = record["validation_loss"]
+    baseline = by_policy.get(BASELINE, {})
+    rows: list[Record] = []
+    for name, losses in by_policy.items():
+        differences = [loss - baseline[seed] for seed, loss in losses.items() if seed in baseline]
+        row: Record = {
+            "command": "accuracy",
+            "case": "training",
+            "provider": name,
+            "mean_loss": statistics.fmean(losses.values()),
+            "seed_spread": max(losses.values()) - min(losses.values()),
+        }
+        if differences:
+            row["mean_difference"] = statistics.fmean(differences)
+            row["within_spread"] = abs(row["mean_difference"]) <= max(baseline.values()) - min(baseline.values())
+        rows.append(row)
+    return rows
+
+
+# The error of the update
+
+
+class Moments:
+    """exp_avg and exp_avg_sq of several tensors, as they are after having been stored."""
+
+    def __init__(self, code: Code, betas: tuple[float, float]) -> None:
+        self.code = code
+        self.betas = betas
+        self.stored: list[tuple[Tensor, Tensor]] = []
+        self.steps = 0
+
+    def update(self, gradients: list[Tensor]) -> list[Tensor]:
+        """Take the gradients in; returns the update in units of the learning rate."""
+        beta1, beta2 = self.betas
+        self.stored = self.stored or [(torch.zeros_like(g), torch.zeros_like(g)) for g in gradients]
+        self.steps += 1
+        correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
+        updates = []
+        for i, g in enumerate(gradients):
+            m, v = self.stored[i]
+            m, v = m.lerp(g, 1 - beta1), beta2 * v + (1 - beta2) * g * g
+            updates.append(m / correction1 / ((v / correction2).sqrt() + EPS))
+            self.stored[i] = self.code.exp_avg(m), self.code.exp_avg_sq(v)
+        return updates
+
+
+def update_records(steps: int, device: torch.device, show: Callable[[Any], Any]) -> list[Record]:
+    """Each code next to fp32, on the gradients of one fp32 training run."""
+    names = [name for name in CODES if name != BASELINE]
+    betas = [(BETAS[0], beta2) for beta2 in (0.95, 0.999)]
+    exact = {b: Moments(CODES[BASELINE], b) for b in betas}
+    coded = {(name, b): Moments(CODES[name], b) for name in names for b in betas}
+    relative: dict[Any, list[float]] = {key: [] for key in coded}
+    worst = dict.fromkeys(coded, 0.0)
+    for trainee, loss in show(train(BASELINE, 0, steps, device)):
+        if math.isnan(loss):
+            break
+        gradients = [p.grad.flatten().cpu() for p in trainee.stored]
+        expected = {b: torch.cat(moments.update(gradients)) for b, moments in exact.items()}
+        for key, moments in coded.items():
+            error = torch.cat(moments.update(gradients)) - expected[key[1]]
+            relative[key].append((error.norm() / expected[key[1]].norm()).item())
+            worst[key] = max(worst[key], error.abs().max().item())
+    return [
+        {
+            "command": "accuracy",
+            "case": f"update, beta2 {b[1]:g}",
+            "provider": name,
+            "beta2": b[1],
+            "steps": steps,
+            "bytes_per_element": CODES[name].bytes_per_element,
+            "relative_error": statistics.fmean(relative[name, b]),
+            "worst_element": worst[name, b],
+        }
+        for name, b in coded
+    ]
+
+
+# Gradients that are hard to store
+
+KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "ordinary": lambda normal: 1e-3 * normal,
+    "1e-8": lambda normal: 1e-8 * normal,
+    "1e-12": lambda normal: 1e-12 * normal,
+    "spiky": lambda normal: torch.where(normal.abs() > 2.576, 0.1 * normal, torch.zeros_like(normal)),  # 1 in 100
+    "zero": torch.zeros_like,
+}
+
+
+def gradient_records(steps: int = 1000) -> list[Record]:
+    """Weights of every kind interleaved in one tensor, stepped with each code and with fp32."""
+    kinds = list(KINDS)
+    n = 128 * 5 * len(kinds)
+    kind_of = torch.arange(n) % len(kinds)
+    found: list[Record] = []
+    for beta2 in (0.95, 0.999):
+        generator = torch.Generator().manual_seed(0)
+        moments = {name: Moments(code, (BETAS[0], beta2)) for name, code in CODES.items()}
+        moved = {name: torch.zeros(n, dtype=torch.float64) for name in CODES}
+        for _ in range(steps):
+            normal = torch.randn(n, generator=generator)
+            gradient = torch.zeros(n)
+            for index, kind in enumerate(kinds):
+                gradient[kind_of == index] = KINDS[kind](normal[kind_of == index])
+            for name, kept in moments.items():
+                moved[name] += kept.update([gradient])[0].double()
+        for name in CODES:
+            if name == BASELINE:
+                continue
+            record: Record = {
+                "command": "accuracy", "case": f"gradients, beta2 {beta2:g}", "provider": name, "beta2": beta2,
+            }  # fmt: skip
+            for index, kind in enumerate(kinds):
+                error = (moved[name] - moved[BASELINE])[kind_of == index].norm()
+                distance = moved[BASELINE][kind_of == index].norm()
+                record[f"error_{kind}"] = (error / distance).item() if distance > 0 else error.item()
+            found.append(record)
+    return found
+
+
+def add_options(parser: common.Parser) -> None:
+    add = parser.add_argument
+    add("--steps", type=common.positive_int, default=1500, help="of each training run")
+    add("--seeds", type=common.positive_int, default=3, help="how many")
+    add("--update-steps", type=common.positive_int, default=300, help="of the run that gives gradients")
+    add("--device", type=common.device, default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+
+
+def measure(options: argparse.Namespace, console: Console | None = None) -> list[Record]:
+    def show(iterable: Any, title: str, total: int) -> Any:
+        return track(iterable, title, total, console=console, disable=console is None)
+
+    runs = [(name, seed) for seed in range(options.seeds) for name in TRAINED]
+    found = [
+        training_record(name, seed, options.steps, options.device) for name, seed in show(runs, "training", len(runs))
+    ]
+    found += summaries(found)
+    steps = options.update_steps
+    found += update_records(steps, options.device, lambda run: show(run, "updates", steps + 1))
+    return found + gradient_records()
+
+
+TABLES = {
+    "training": {
+        "mean_loss": "validation loss",
+        "seed_spread": "spread of seeds",
+        "mean_difference": "from fp32",
+        "within_spread": "within fp32's spread",
+    },
+    "update": {"bytes_per_element": "bytes of m and v", "relative_error": "relative", "worst_element": "worst element"},
+    "gradients": {f"error_{kind}": kind for kind in KINDS},
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = common.Parser("accuracy", DESCRIPTION)
+    add_options(parser)
+    parser.add_argument("--json", type=Path, help="file for the records")
+    options = parser.parse(argv)
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    found = measure(options, console)
+    for case, columns in TABLES.items():
+        rows = [r for r in found if r["case"] == case or r["case"].startswith(f"{case}, beta2")]
+        console.print(records.table(case, rows, columns))
+    if options.json:
+        records.write(options.json, "accuracy", argv, options.device, found)
+    return 0

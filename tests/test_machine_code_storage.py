@@ -1,0 +1,99 @@
+"""What the storage policies compile to: machine code without a GPU, as in test_machine_code.py."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from bench.machine_code import KERNELS, TARGETS, Failure, Variant, examine_all
+from bench.policies import BY_NAME, POLICIES
+
+TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
+
+# Instructions per element of the kernel for one tensor on each of TARGETS, measured with Triton 3.7.1.
+INSTRUCTIONS = {
+    "fp32-8bit": (60.2, 63.2, 50.8, 74.0),
+    "bf16-master32": (44.0, 46.2, 38.0, 48.2),
+    "bf16-master32-bf16": (43.5, 44.5, 37.0, 49.1),
+    "bf16-master24-8bit": (59.0, 60.5, 49.9, 60.8),
+    "bf16-stochastic": (53.2, 54.2, 47.2, 49.6),
+    "fp16-master32": (37.2, 39.0, 33.8, 39.5),
+}
+SLACK = 1
+TABLE = {"sm_80": 20, "sm_90": 20, "sm_100": 20, "gfx942": 30}  # more of a thread of the table kernel
+CODED = [policy for policy in POLICIES if not policy.is_plain]
+CASES = [(policy, kernel, target) for policy in CODED for kernel in KERNELS for target in TARGETS]
+SR_24 = replace(Variant.of("sm_90", "tensor", BY_NAME["bf16-master24-8bit"]), stochastic=True)
+PLAIN = [Variant.of("sm_90", kernel, BY_NAME["bf16"]) for kernel in KERNELS]
+VARIANTS = [*(Variant.of(target, kernel, policy) for policy, kernel, target in CASES), SR_24, *PLAIN]
+CANNOT_COMPILE = ("is not defined for option 'gpu-name'", "ROCm linker", "'nvdisasm'")
+
+
+@pytest.fixture(scope="module")
+def results():
+    return dict(zip(VARIANTS, examine_all(VARIANTS), strict=True))
+
+
+@pytest.fixture
+def machine_code(results):
+    def get(variant):
+        result = results[variant]
+        if isinstance(result, Failure):
+            if any(reason in result.reason for reason in CANNOT_COMPILE):
+                pytest.skip(f"{variant.target}: cannot be compiled here")
+            pytest.fail(f"{variant}: {result.reason}", pytrace=False)
+        return result
+
+    return get
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0].name}-{case[1]}-{case[2]}")
+def case(request, machine_code):
+    policy, kernel, target = request.param
+    return policy, kernel, target, machine_code(Variant.of(target, kernel, policy))
+
+
+def test_no_calls_and_no_spills(case):
+    policy, _, _, code = case
+    assert code.calls == code.spills == code.local_bytes == 0
+    assert code.registers <= 64
+    if policy.exp_avg.is_floating_point:
+        # Only the scales of 8-bit moments go from the threads that reduce them to those that store them.
+        assert code.barriers == code.shared_bytes == code.shared_accesses == 0
+
+
+def test_each_byte_moves_once_in_wide_accesses(case):
+    policy, kernel, target, code = case
+    variant = Variant.of(target, kernel, policy)
+    for accesses, widths in ((code.loads, variant.read_widths), (code.stores, variant.written_widths)):
+        expected = Counter([4] * variant.scales)
+        for width in widths:  # as many bytes as a thread's elements take, up to 128 bits at a time
+            of_thread = width * code.elements
+            expected[min(of_thread, 16)] += max(of_thread // 16, 1)
+        assert Counter(accesses) == expected
+    if max(variant.read_widths) == 2:
+        assert code.elements == 8, "128 bits of what has 16, 64 of what has 8"
+
+
+def test_instructions_per_element(case):
+    policy, kernel, target, code = case
+    special = code.mufu / code.elements
+    assert special <= (4.5 if policy.exp_avg.itemsize == 1 else 2)
+    if TRITON_VERSION >= (3, 7):
+        bound = INSTRUCTIONS[policy.name][list(TARGETS).index(target)] + SLACK
+        bound += TABLE[target] / code.elements if kernel == "table" else 0
+        assert code.instructions_per_element <= bound
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_smallest_policy_is_bound_by_memory(kernel, machine_code):
+    code = machine_code(Variant.of("sm_90", kernel, BY_NAME["bf16-master24-8bit"]))
+    assert code.instructions_per_element <= 64 and code.mufu / code.elements <= 4.5
+
+
+def test_stochastic_rounding_costs_at_most_16_instructions(machine_code):
+    for kernel, plain in zip(KERNELS, PLAIN, strict=True):
+        rounded = machine_code(Variant.of("sm_90", kernel, BY_NAME["bf16-stochastic"]))
+        assert rounded.instructions_per_element - machine_code(plain).instructions_per_element <= 16
+    smallest = machine_code(replace(SR_24, stochastic=False))
+    assert machine_code(SR_24).instructions_per_element - smallest.instructions_per_element <= 16
