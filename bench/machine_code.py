@@ -180,27 +180,34 @@ class _Warmup:
 
 
 @contextmanager
-def compiling(target: str) -> Iterator[list[Compiled]]:
-    """Within it, `adamw_triton.launch` compiles for `target` and does not launch; yields what it compiled."""
+def driver_for(target: str) -> Iterator[None]:
+    """Within it, Triton compiles for `target`."""
     from triton.runtime import driver
 
-    if launch.INTERPRETED:
-        raise RuntimeError("triton was imported with TRITON_INTERPRET set, so that there is nothing to compile")
-    compiled: list[Compiled] = []
     try:
         active = driver.active
     except RuntimeError:  # no GPU
         active = None
     driver.set_active(_Driver(target))
     try:
-        with (
-            mock.patch.object(launch, "adamw_kernel", _Warmup(launch.adamw_kernel, compiled)),
-            mock.patch.object(launch, "adamw_table_kernel", _Warmup(launch.adamw_table_kernel, compiled)),
-            mock.patch.object(launch, "NUM_WARPS", 128 // TARGETS[target][2]),  # launch has that of torch's build
-        ):
-            yield compiled
+        yield
     finally:
         driver.set_active(active)
+
+
+@contextmanager
+def compiling(target: str) -> Iterator[list[Compiled]]:
+    """Within it, `adamw_triton.launch` compiles for `target` and does not launch; yields what it compiled."""
+    if launch.INTERPRETED:
+        raise RuntimeError("triton was imported with TRITON_INTERPRET set, so that there is nothing to compile")
+    compiled: list[Compiled] = []
+    with (
+        driver_for(target),
+        mock.patch.object(launch, "adamw_kernel", _Warmup(launch.adamw_kernel, compiled)),
+        mock.patch.object(launch, "adamw_table_kernel", _Warmup(launch.adamw_table_kernel, compiled)),
+        mock.patch.object(launch, "NUM_WARPS", 128 // TARGETS[target][2]),  # launch has that of torch's build
+    ):
+        yield compiled
 
 
 def compile_variant(variant: Variant) -> Compiled:
@@ -290,7 +297,7 @@ def examine(variant: Variant) -> MachineCode:
     kernel, block_size = compile_variant(variant)
     threads = kernel.metadata.num_warps * TARGETS[variant.target][2]
     elements = block_size // threads
-    listing, resources = _amd(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _nvidia(kernel.asm["cubin"])
+    listing, resources = disassemble(kernel)
     stored_bytes = elements * sum(variant.written_widths)
     return analyse(
         listing,
@@ -300,6 +307,11 @@ def examine(variant: Variant) -> MachineCode:
         scales=variant.scales,
         **resources,
     )
+
+
+def disassemble(kernel: Any) -> tuple[Listing, dict[str, int]]:
+    """Listing of a compiled Triton kernel, and `registers`, `shared_bytes`, `local_bytes` and `spills`."""
+    return _amd(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm else _nvidia(kernel.asm["cubin"])
 
 
 def _nvidia(cubin: bytes) -> tuple[Listing, dict[str, int]]:

@@ -17,8 +17,9 @@ from .records import Record
 
 DESCRIPTION = """\
 Draw what a result (python -m bench suite, or --json of another command) holds: GB/s against the roofs, wall time per
-model, host time against the number of tensors, bytes per parameter. Nothing is measured again; a plot for which
-the result has no records is named and left out."""
+model, host time against the number of tensors, bytes per parameter, and of python -m bench accuracy --json the loss
+curves and the errors of the update. Nothing is measured again; a plot for which the result has no records is named
+and left out."""
 OURS = ("#c1272d", "#e8866f", "#f4b9a7")
 OTHERS = ("#0000a7", "#008176", "#eecc16", "#8a8a8a", "#6a3d9a", "#b15928", "#1f9ed1")
 
@@ -114,11 +115,43 @@ def draw_bytes(axes: Axes, found: list[Record]) -> bool:
     return True
 
 
+def draw_training(axes: Axes, found: list[Record]) -> bool:
+    found = [r for r in found if r["command"] == "accuracy" and "losses" in r]
+    if not found:
+        return False
+    providers = order(r["provider"] for r in found)
+    palette = dict(zip(providers, [*OTHERS, *OURS], strict=False))
+    for provider in providers:
+        runs = [r for r in found if r["provider"] == provider]
+        for i, run in enumerate(runs):
+            at = [(j + 1) * run["steps_per_point"] for j in range(len(run["losses"]))]
+            label = provider if i == 0 else None
+            axes.plot(at, run["losses"], color=palette[provider], linewidth=1, alpha=0.8, label=label)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss, nats per byte")
+    axes.set_title("Storage policies, one line for each seed")
+    axes.legend(frameon=False, fontsize=8)
+    return True
+
+
+def draw_update(axes: Axes, found: list[Record]) -> bool:
+    found = [r for r in found if r["command"] == "accuracy" and "relative_error" in r]
+    if not found:
+        return False
+    grouped_bars(axes, found, "relative_error")
+    axes.set_ylabel("relative error of the update")
+    axes.set_title("8-bit and bf16 moments on the gradients of a training run")
+    return True
+
+
 PLOTS: dict[str, Callable[[Axes, list[Record]], bool]] = {
     "throughput": draw_throughput,
     "models": draw_models,
     "host": draw_host,
     "bytes": draw_bytes,
+    "training": draw_training,
+    "update": draw_update,
 }
 
 

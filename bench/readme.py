@@ -52,7 +52,11 @@ def host(document: dict[str, Any]) -> str:
 
 
 def static(document: dict[str, Any]) -> str:
-    found = [r for r in document["records"] if r["command"] == "static" and r.get("instructions_per_element")]
+    found = [
+        r
+        for r in document["records"]
+        if r["command"] == "static" and r.get("instructions_per_element") and "policy" in r
+    ]
     targets = list(dict.fromkeys(r["target"] for r in found))
     rows = []
     for policy, kernel in dict.fromkeys((r["policy"], r["kernel"]) for r in found):
@@ -76,6 +80,42 @@ def memory(document: dict[str, Any]) -> str:
     return markdown(headings, rows) + conditions(document)
 
 
+def training(document: dict[str, Any]) -> str:
+    found = [r for r in document["records"] if r["command"] == "accuracy" and r["case"] == "training"]
+    rows = [
+        [
+            r["provider"],
+            f"{r['mean_loss']:.4f}",
+            f"{r['seed_spread']:.4f}",
+            f"{r['mean_difference']:+.4f}",
+            "yes" if r["within_spread"] else "no",
+        ]
+        for r in found
+    ]
+    headings = ["policy", "validation loss", "spread of seeds", "from fp32, same seeds", "within fp32's spread"]
+    return markdown(headings, rows) + conditions(document)
+
+
+def update(document: dict[str, Any]) -> str:
+    found = [r for r in document["records"] if r["command"] == "accuracy" and "relative_error" in r]
+    betas = list(dict.fromkeys(r["beta2"] for r in found))
+    rows = []
+    for name in dict.fromkeys(r["provider"] for r in found):
+        of = {r["beta2"]: r for r in found if r["provider"] == name}
+        errors = [f"{100 * of[b]['relative_error']:.2g} %" for b in betas]
+        worst = [f"{of[b]['worst_element']:.2g}" for b in betas]
+        rows.append([name, f"{of[betas[0]]['bytes_per_element']:.3g}", *errors, *worst])
+    headings = ["m and v", "bytes", *(f"error, β₂ {b:g}" for b in betas), *(f"worst, β₂ {b:g}" for b in betas)]
+    return markdown(headings, rows) + conditions(document)
+
+
+def gradients(document: dict[str, Any]) -> str:
+    found = [r for r in document["records"] if r["command"] == "accuracy" and r["case"].startswith("gradients")]
+    kinds = [key for key in found[0] if key.startswith("error_")]
+    rows = [[r["provider"], f"{r['beta2']:g}", *(f"{r[kind]:.2g}" for kind in kinds)] for r in found]
+    return markdown(["m and v", "β₂", *(kind.removeprefix("error_") for kind in kinds)], rows) + conditions(document)
+
+
 def train(document: dict[str, Any]) -> str:
     """The main job, whose result has a form of its own."""
     rows = []
@@ -88,10 +128,13 @@ def train(document: dict[str, Any]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "arithmetic": arithmetic,
+    "gradients": gradients,
     "host": host,
     "memory": memory,
     "static": static,
     "train": train,
+    "training": training,
+    "update": update,
 }
 
 

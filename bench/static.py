@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import common, records
+from . import common, flashoptim_code, records
 from .devices import DEVICES, Device
 from .machine_code import KERNELS, TARGETS, Failure, MachineCode, Variant, examine_all
 from .policies import BY_NAME, POLICIES, Policy
@@ -25,8 +25,11 @@ access widths are of that path, registers, spills and shared memory of the whole
 arithmetic, not measurements: the longest of bytes / nominal bandwidth, instructions / issue rate and special functions
 / their rate, at the rates and clocks of bench/devices.py. Budget: the instructions per element that the device could
 issue while the bytes move. Hyper-parameters are floats, tensors are aligned to 16 bytes, without maximize and AMP.
+flashoptim's kernel, if it is installed, is compiled alongside for what is closest to the smallest policy; of its one
+loop the body is counted, without the subroutines that it calls.
 """
 PARAMETERS = 1e9
+COMPARED = "bf16-master24-8bit"  # with flashoptim's kernel
 WIDTH = 170  # of the tables, where there is no terminal
 
 
@@ -102,6 +105,18 @@ def record_of(target: str, policy: Policy, kernel: str, result: MachineCode | Fa
     return record
 
 
+def peer_record(target: str) -> Record:
+    """flashoptim's kernel for the policy that is closest, if it is installed."""
+    return {
+        "command": "static",
+        "case": f"{COMPARED} tensor {target}",
+        "provider": "flashoptim",
+        "target": target,
+        "kernel": "tensor",
+        **flashoptim_code.record_fields(target),
+    }
+
+
 def devices_of(target: str) -> list[Device]:
     return [device for device in DEVICES if device.target == target]
 
@@ -132,6 +147,8 @@ def measure(options: argparse.Namespace) -> list[Record]:
         except RuntimeError as error:  # a compiler took its process with it
             results = [Failure(str(error))] * len(variants)
         found += [record_of(target, *case, result) for case, result in zip(cases, results, strict=True)]
+        if COMPARED in names:
+            found.append(peer_record(target))
     return found
 
 
@@ -153,7 +170,7 @@ def show(console: Console, found: Sequence[Record]) -> None:
                 f"{device.key}_bound": "\nbound",
                 f"{device.key}_instruction_budget": "budget\ninstr/el",
             }
-        rows = [r | {"case": f"{r['policy']} {r['kernel']}"} for r in found if r["target"] == target]
+        rows = [r | {"case": r["case"].removesuffix(f" {target}")} for r in found if r["target"] == target]
         console.print(records.table(target, rows, columns))
 
 
