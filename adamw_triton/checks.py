@@ -150,6 +150,12 @@ def check_entries(param: Tensor, entries: Mapping[str, Any]) -> None:
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder", "master_param"):
         if name in entries:
             _check_entry(param, name, entries[name])
+    coded = [name for name in entries if name in _OF_SMALL or getattr(entries[name], "dtype", None) in _CODES]
+    if coded and param.dtype not in _SMALL:
+        raise RuntimeError(
+            f"state {coded[0]!r} ({_describe(entries[coded[0]])}) is for float32, bfloat16 and float16 parameters; "
+            f"got one of dtype {param.dtype}"
+        )
     for name, scale in SCALES.items():
         is_coded = name in entries and entries[name].dtype == EIGHT_BITS[name]
         if is_coded != (scale in entries):
@@ -166,6 +172,34 @@ def check_entries(param: Tensor, entries: Mapping[str, Any]) -> None:
                     f"state {scale!r} ({given}) must be float32 of shape ({expected},): "
                     f"one for each {GROUP_SIZE} of {param.numel()} elements"
                 )
+
+
+def check_rounding(param: Tensor, entries: Mapping[str, Any], *, stochastic: bool, numbers: Mapping[str, int]) -> None:
+    """Refuse stochastic rounding where there is nothing to round, and what belongs to it without it.
+
+    Args:
+        numbers: seed, stream and element_offset.
+
+    Raises:
+        ValueError: which of them, and what to do instead.
+    """
+    for name, value in numbers.items():
+        limit = 2**31 if name == "stream" else 2**63
+        if not 0 <= value < limit:
+            raise ValueError(f"{name} must be from 0 to {limit} - 1; got {value}")
+        if value and not stochastic:
+            raise ValueError(f"{name}={value} is of stochastic rounding; give it with stochastic_rounding=True")
+    if not stochastic:
+        return
+    remainder = entries.get("param_remainder")
+    stored = [entries["exp_avg"].dtype, entries["exp_avg_sq"].dtype]
+    stored += [param.dtype] if remainder is None and "master_param" not in entries else []
+    rounds = torch.bfloat16 in stored or (remainder is not None and remainder.dtype == torch.int8)
+    if param.dtype not in _SMALL or not rounds:
+        raise ValueError(
+            f"stochastic_rounding=True rounds what is stored in bfloat16, and 24-bit master weights, of float32, bfloat16 "
+            f"and float16 parameters; got a parameter of {param.dtype}, moments of {stored[0]} and {stored[1]}"
+        )
 
 
 def _check_entry(param: Tensor, name: str, value: object) -> None:
@@ -191,6 +225,9 @@ def _check_entry(param: Tensor, name: str, value: object) -> None:
         raise RuntimeError(f"state {name!r} must be float32, got {value.dtype}")
 
 
+_SMALL = (torch.float32, torch.bfloat16, torch.float16)
+_OF_SMALL = ("param_remainder", "master_param")
+_CODES = tuple(EIGHT_BITS.values())
 _MOMENT_DTYPES = {
     "exp_avg_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.int8),
     "exp_avg_sq_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.uint8),
@@ -227,7 +264,7 @@ def check_storage(options: Mapping, params: Sequence[Tensor]) -> None:
         return
     for param in params:
         of_param = f"a parameter of dtype {param.dtype} (shape {tuple(param.shape)})"
-        if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if param.dtype not in _SMALL:
             raise ValueError(
                 f"storage options are for float32, bfloat16 and float16; got {of_param}. "
                 f"Put it into a param group without them"

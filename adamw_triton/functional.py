@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import launch, reference, storage
-from .checks import check_entries, check_grad, check_hyper, check_param, is_dense, same_strides
+from .checks import check_entries, check_grad, check_hyper, check_param, check_rounding, is_dense, same_strides
 from .scalars import Hyper, Scalars, host_scalars
 from .storage import Rounding, TensorState
 
@@ -141,7 +141,8 @@ def adamw_(
         element_offset: index of param's first element in the tensor whose slice it is.
 
     Raises:
-        ValueError: a hyper-parameter out of range, step < 1, or a param whose elements share memory.
+        ValueError: a hyper-parameter out of range, step < 1, a param whose elements share memory, or stochastic
+            rounding of nothing.
         TypeError: a param of integer or another dtype that cannot be optimized.
         RuntimeError: grad or state of another shape or device than param, or a sparse grad.
 
@@ -171,6 +172,8 @@ def adamw_(
     }
     entries = {name: entry for name, entry in entries.items() if entry is not None}
     check_entries(param, entries)
+    numbers = {"seed": seed, "stream": stream, "element_offset": element_offset}
+    check_rounding(param, entries, stochastic=stochastic_rounding, numbers=numbers)
 
     state = TensorState.of(entries, amsgrad=max_exp_avg_sq is not None)
     rounding = Rounding(seed, stream, element_offset) if stochastic_rounding else None

@@ -4,9 +4,10 @@ import pytest
 import torch
 from helpers import Guarded, assert_step, random_state
 
-from adamw_triton import launch
+from adamw_triton import launch, storage
+from adamw_triton.functional import step_tensor_reference
 from adamw_triton.scalars import Hyper, host_scalars
-from adamw_triton.storage import Storage
+from adamw_triton.storage import Rounding, Storage, TensorState
 
 OPTIONS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 HYPER = Hyper.of(OPTIONS)
@@ -36,6 +37,51 @@ def test_last_blocks_of_a_large_tensor(dtype, far, device):
     launch.launch_table(table, host_scalars(HYPER, 5), maximize=False)
     guard.assert_untouched()
     assert_step(before, tensors, step=5, **OPTIONS)
+
+
+@pytest.mark.parametrize("far", [2**31, 2**36 + 1024], ids=lambda n: f"{n:.3g}")
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_last_blocks_of_a_large_tensor_with_coded_state(stochastic, far, device):
+    """The same with scales and random bits, whose indices count from the beginning; the reference has an offset."""
+    rounding = Rounding(seed=5, stream=3, element_offset=far) if stochastic else None
+    n = 2 * 1024 + 77
+    param, grad, m = (torch.randn(n, device=device) for _ in range(3))
+    states = []
+    for _ in range(2):
+        codes = [storage.encode("exp_avg", m), storage.encode("exp_avg_sq", m * m)]
+        remainder = torch.zeros(n, dtype=torch.int8, device=device)
+        states.append(
+            (param.bfloat16(), TensorState(codes[0][0], codes[1][0], None, remainder, codes[0][1], codes[1][1]))
+        )
+    (ours, state), (theirs, other) = states
+    grad = grad.bfloat16()
+    used = Storage.of(ours, grad, state, stochastic=stochastic)
+    sizes = [
+        1 / 128 * 4 if t is state.exp_avg_scale or t is state.exp_avg_sq_scale else t.element_size()
+        for t in state.tensors
+    ]
+    addresses = [t.data_ptr() - int(far * size) for t, size in zip(state.tensors, sizes, strict=True)]
+    row = [far + n, ours.data_ptr() - 2 * far, *addresses, *([rounding.stream] if rounding else [])]
+    first = far // 1024
+    table = launch.Table(
+        tensors=torch.tensor([row], device=device),
+        grads=torch.tensor([grad.data_ptr() - 2 * far], device=device),
+        chunks=torch.tensor([[0, first + i] for i in range(3)], dtype=torch.int32, device=device),
+        storage=used,
+        amsgrad=False,
+        aligned=True,
+        seed=5,
+        configuration=launch.configuration_of(*used.dtypes),
+    )
+    launch.launch_table(table, host_scalars(HYPER, 5), maximize=False)
+    step_tensor_reference(theirs, grad, other, HYPER, 5.0, maximize=False, grad_scale=None, rounding=rounding)
+    weights = storage.join(ours, state.master), storage.join(theirs, other.master)
+    torch.testing.assert_close(*weights, rtol=2.0**-15, atol=1e-6)
+    if not stochastic:
+        assert (ours == theirs).float().mean() > 0.99
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert ((getattr(state, name).long() - getattr(other, name).long()).abs() <= 1).all()
+        torch.testing.assert_close(getattr(state, f"{name}_scale"), getattr(other, f"{name}_scale"), rtol=1e-5, atol=0)
 
 
 @pytest.mark.gpu

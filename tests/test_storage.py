@@ -604,6 +604,64 @@ def test_what_cannot_work_is_refused(dtype, options, message):
         AdamW([nn.Parameter(torch.zeros(2))]).add_param_group({"params": [param], **options})
 
 
+FUNCTION_REFUSES = [
+    (BF16, {"param_remainder": torch.int16, "master_param": FP32}, ValueError, "one of them"),
+    (FP32, {"param_remainder": torch.int16}, RuntimeError, "of a bfloat16 parameter"),
+    (FP16, {"master_param": BF16}, RuntimeError, "must be float32"),
+    (torch.float64, {"master_param": FP32}, RuntimeError, "float32, bfloat16 and float16 parameters"),
+    (BF16, {"seed": 3}, ValueError, "give it with stochastic_rounding=True"),
+    (BF16, {"element_offset": 8}, ValueError, "give it with stochastic_rounding=True"),
+    (BF16, {"element_offset": -8, "stochastic_rounding": True}, ValueError, "got -8"),
+    (BF16, {"stream": 2**31, "stochastic_rounding": True}, ValueError, "stream must be"),
+    (FP32, {"stochastic_rounding": True}, ValueError, "got a parameter of torch.float32"),
+    (torch.float64, {"stochastic_rounding": True}, ValueError, "torch.float64"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options", "error", "message"), FUNCTION_REFUSES)
+def test_what_the_function_refuses(dtype, options, error, message, device, path):
+    tensors = [torch.ones(5, dtype=dtype, device=device) for _ in range(4)]
+    entries = {
+        name: torch.zeros(5, dtype=value, device=device) if isinstance(value, torch.dtype) else value
+        for name, value in options.items()
+    }
+    with pytest.raises(error, match=message):
+        adamw_(*tensors, step=1, lr=0.1, **entries)
+    assert all(torch.equal(t, torch.ones_like(t)) for t in tensors)
+
+
+def test_codes_of_a_float64_parameter_are_refused(device, path):
+    param, grad = (torch.ones(5, dtype=torch.float64, device=device) for _ in range(2))
+    codes, scale = torch.zeros(5, dtype=torch.int8, device=device), torch.zeros(1, device=device)
+    with pytest.raises(RuntimeError, match="float32, bfloat16 and float16 parameters"):
+        adamw_(param, grad, codes, torch.zeros_like(param), step=1, lr=0.1, exp_avg_scale=scale)
+
+
+def test_random_bits_of_a_step_counted_on_the_device(device, path):
+    """With GradScaler's attributes the step reaches the kernel through memory; the bits are the same."""
+    start = torch.randn(2000, device=device).bfloat16()
+    results = []
+    for scaled in (False, True):
+        param = nn.Parameter(start.clone())
+        optimizer = AdamW([param], stochastic_rounding=True, seed=11, fused=True, **OPTIONS)
+        generator = torch.Generator(device).manual_seed(2)
+        for step in range(4):
+            param.grad = torch.randn(2000, device=device, generator=generator).bfloat16()
+            if scaled:
+                optimizer.grad_scale = torch.ones((), device=device)
+                optimizer.found_inf = torch.zeros((), device=device)
+                if step == 2:  # a skipped step draws no bits
+                    optimizer.found_inf += 1
+                    optimizer.step()
+                    optimizer.found_inf -= 1
+            optimizer.step()
+        results.append((param, optimizer.state[param]))
+    (one, state), (other, other_state) = results
+    # The scalars are the same to an fp32 rounding, which stochastic rounding can turn into one of bf16.
+    assert (one != other).float().mean() < 0.01
+    assert state["step"] == other_state["step"] == 4
+
+
 @pytest.mark.parametrize("master", [None, 24, 32])
 @pytest.mark.parametrize("exp_avg_dtype", [None, BF16, FP32, FP16, torch.int8])
 @pytest.mark.parametrize("exp_avg_sq_dtype", [None, BF16, FP32, torch.uint8])
