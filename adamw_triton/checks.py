@@ -197,8 +197,8 @@ def check_rounding(param: Tensor, entries: Mapping[str, Any], *, stochastic: boo
     rounds = torch.bfloat16 in stored or (remainder is not None and remainder.dtype == torch.int8)
     if param.dtype not in _SMALL or not rounds:
         raise ValueError(
-            f"stochastic_rounding=True rounds what is stored in bfloat16, and 24-bit master weights, of float32, bfloat16 "
-            f"and float16 parameters; got a parameter of {param.dtype}, moments of {stored[0]} and {stored[1]}"
+            f"stochastic_rounding=True rounds what is stored in bfloat16, and 24-bit master weights, of float32, "
+            f"bfloat16 and float16 parameters; got a parameter of {param.dtype}, moments of {stored[0]} and {stored[1]}"
         )
 
 

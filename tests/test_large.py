@@ -48,19 +48,14 @@ def test_last_blocks_of_a_large_tensor_with_coded_state(stochastic, far, device)
     param, grad, m = (torch.randn(n, device=device) for _ in range(3))
     states = []
     for _ in range(2):
-        codes = [storage.encode("exp_avg", m), storage.encode("exp_avg_sq", m * m)]
+        (exp_avg, m_scale), (exp_avg_sq, v_scale) = storage.encode("exp_avg", m), storage.encode("exp_avg_sq", m * m)
         remainder = torch.zeros(n, dtype=torch.int8, device=device)
-        states.append(
-            (param.bfloat16(), TensorState(codes[0][0], codes[1][0], None, remainder, codes[0][1], codes[1][1]))
-        )
+        states.append((param.bfloat16(), TensorState(exp_avg, exp_avg_sq, None, remainder, m_scale, v_scale)))
     (ours, state), (theirs, other) = states
     grad = grad.bfloat16()
     used = Storage.of(ours, grad, state, stochastic=stochastic)
-    sizes = [
-        1 / 128 * 4 if t is state.exp_avg_scale or t is state.exp_avg_sq_scale else t.element_size()
-        for t in state.tensors
-    ]
-    addresses = [t.data_ptr() - int(far * size) for t, size in zip(state.tensors, sizes, strict=True)]
+    sizes = [far * t.nbytes // n if t.numel() == n else far // 128 * 4 for t in state.tensors]
+    addresses = [t.data_ptr() - size for t, size in zip(state.tensors, sizes, strict=True)]
     row = [far + n, ours.data_ptr() - 2 * far, *addresses, *([rounding.stream] if rounding else [])]
     first = far // 1024
     table = launch.Table(
