@@ -256,7 +256,8 @@ def decode(name: str, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def encode(name: str, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scale of a dense float32 tensor; `decode` is the inverse."""
+    """Codes and scale of a dense floating-point tensor; `decode` is the inverse."""
+    value = value.to(torch.float32)
     codes = torch.empty_like(value, dtype=EIGHT_BITS[name])
     n_elements = value.numel()
     magnitude = flat(value) if name == "exp_avg" else flat(value).sqrt()

@@ -5,8 +5,9 @@ rounded half away from zero, and a remainder what is left, bits - (high << 16). 
 the bits are first rounded to a multiple of 2^8. An fp16 parameter has its fp32 master beside it.
 
 8-bit moments. GROUP_SIZE consecutive elements share one fp32 scale. exp_avg is sign * 127 sqrt(|m| / scale), scale the
-largest |m|; exp_avg_sq is 255 sqrt(sqrt(v) / scale), scale the largest sqrt(v), and never 0 where v is not. Both
-are decoded by multiplications, and sqrt(v) is what the update computes anyway.
+largest |m|; exp_avg_sq is 255 sqrt(sqrt(v) / scale), scale the largest sqrt(v), and at least 1: a v that is lost
+while its m is not throws its weight away. Both are decoded by multiplications, and sqrt(v) is what the update
+computes anyway.
 
 Stochastic rounding adds random bits below the last one that is kept and truncates. The bits are Philox4x32 (Salmon
 et al., https://doi.org/10.1145/2063384.2063405), keyed on the seed and counted by update, parameter and index of the

@@ -1,7 +1,11 @@
 """What the storage policies compile to: machine code without a GPU, as in test_machine_code.py."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -97,3 +101,40 @@ def test_stochastic_rounding_costs_at_most_16_instructions(machine_code):
         assert rounded.instructions_per_element - machine_code(plain).instructions_per_element <= 16
     smallest = machine_code(replace(SR_24, stochastic=False))
     assert machine_code(SR_24).instructions_per_element - smallest.instructions_per_element <= 16
+
+
+# Run where kernels are not interpreted. Compiled kernels are distinct objects if their specialisations differ.
+LAUNCHES = """
+import torch
+from adamw_triton import launch
+from adamw_triton.scalars import Scalars
+from adamw_triton.storage import Rounding, Storage, TensorState
+from bench.machine_code import compiling
+
+def state(n):
+    codes = [torch.zeros(n, dtype=dtype) for dtype in (torch.int8, torch.uint8, torch.int8)]
+    return TensorState(codes[0], codes[1], None, codes[2], torch.zeros(-(-n // 128)), torch.zeros(-(-n // 128)))
+
+with compiling("sm_90") as compiled:
+    numbers = ((0, 0, 0, 16), (1, 1, 8, 128), (16, 16, 1024, 1000), (2**62 + 1, 2**31 - 1, 2**40, 4096))
+    for seed, stream, offset, n in numbers:
+        param = torch.zeros(n, dtype=torch.bfloat16)
+        scalars = Scalars(*[float(seed)] * 8)
+        launch.launch_tensor(param, param, state(n), scalars, maximize=False, rounding=Rounding(seed, stream, offset))
+tensors = len({id(one.kernel) for one in compiled})
+with compiling("sm_90") as compiled:
+    for seed in (0, 1, 16, 2**62 + 1):
+        param = torch.zeros(64, dtype=torch.bfloat16)
+        table = launch.Table.of([param], [param], [state(64)], aligned=True, roundings=[Rounding(seed, seed % 7)])
+        launch.launch_table(table, Scalars(*[float(seed)] * 8), maximize=False)
+print(tensors, len({id(one.kernel) for one in compiled}))
+"""
+
+
+def test_no_seed_stream_offset_or_size_recompiles():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[1]
+    ran = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], cwd=root, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.stdout.split() == ["1", "1"], ran.stderr

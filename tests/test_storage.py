@@ -90,6 +90,22 @@ def test_split_of_special_values(name, dtype):
         assert high.isinf(), "rounded to bf16, it overflows"
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.int8])
+def test_special_weights_through_a_step_that_changes_nothing(dtype, device, path):
+    """What was split is joined and split again by the step itself, NaN included."""
+    weights = fp32_from_bits(list(SPECIAL.values())).to(device).repeat(9)
+    param, remainder = storage.split(weights, dtype)
+    before = param.clone(), remainder.clone()
+    zeros = [torch.zeros_like(weights) for _ in range(3)]
+    adamw_(param, *zeros, step=1, lr=0.0, weight_decay=0.0, param_remainder=remainder)
+    joined = storage.join(param, remainder)
+    assert joined.isnan().equal(weights.isnan()) and param.isnan().equal(weights.isnan())
+    assert not joined[weights == 0].any(), "whose sign is the sum's"
+    others = ~weights.isnan() & (weights != 0)
+    assert torch.equal(bits(param[others]), bits(before[0][others]))
+    assert torch.equal(remainder[others], before[1][others])
+
+
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("size", SIZES)
 def test_codes_decode_to_what_they_say(name, size):
