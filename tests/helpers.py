@@ -9,6 +9,7 @@ import torch
 from adamw_triton import launch
 from adamw_triton.scalars import Hyper, host_scalars
 from adamw_triton.storage import TensorState
+from bench.machine_code import Failure
 
 # Unit roundoff: the largest relative error of rounding to nearest.
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -139,3 +140,17 @@ def allow_any_grad_dtype(param):
     if not hasattr(param, "grad_dtype"):
         pytest.skip("this torch refuses gradients of another dtype than their parameter's")
     param.grad_dtype = None
+
+
+# Why a compiler can refuse a target without a fault of the kernels.
+CANNOT_COMPILE = ("is not defined for option 'gpu-name'", "ROCm linker", "'nvdisasm'")
+
+
+def compiled_or_skipped(variant, result):
+    """The machine code of a variant; the test is skipped where this machine cannot compile for its target."""
+    if isinstance(result, Failure):
+        for line in result.reason.splitlines():
+            if any(reason in line for reason in CANNOT_COMPILE):
+                pytest.skip(f"{variant.target}: {line}")
+        pytest.fail(f"{variant}: {result.reason}", pytrace=False)
+    return result

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import compiled_or_skipped
 
 from bench.listing import parse_amdgcn, parse_sass, paths
-from bench.machine_code import KERNELS, TARGETS, Failure, MachineCode, Variant, analyse, examine_all
+from bench.machine_code import KERNELS, TARGETS, Variant, analyse, examine_all
 
 TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
 
@@ -58,9 +59,6 @@ NAMES = {Variant(t, k, **POLICIES[name]): name for name in POLICIES for k in KER
 MIXED = [Variant("sm_90", "table", dtypes) for dtypes in itertools.product(("fp32", "bf16", "fp16"), repeat=4)]
 VARIANTS = list(dict.fromkeys([*NAMES, *MIXED]))
 
-# Why a compiler can refuse a target without a fault of the kernels.
-CANNOT_COMPILE = ("is not defined for option 'gpu-name'", "ROCm linker", "'nvdisasm'")
-
 
 @pytest.fixture(scope="module")
 def results():
@@ -69,16 +67,7 @@ def results():
 
 @pytest.fixture
 def machine_code(results):
-    def get(variant: Variant) -> MachineCode:
-        result = results[variant]
-        if isinstance(result, Failure):
-            for line in result.reason.splitlines():
-                if any(reason in line for reason in CANNOT_COMPILE):
-                    pytest.skip(f"{variant.target}: {line}")
-            pytest.fail(f"{variant}: {result.reason}", pytrace=False)
-        return result
-
-    return get
+    return lambda variant: compiled_or_skipped(variant, results[variant])
 
 
 # What holds for each compiled kernel
@@ -192,7 +181,7 @@ def table(scalars, size=3):
 scalars = Scalars(*[0.5] * 8)
 with compiling("sm_90") as aligned:
     for value in VALUES:
-        tensor(Scalars(*[value] * 7))
+        tensor(Scalars(*[value] * 8))
     for size in (1, 15, 16, 17, 1024, 2**31 - 1, 2**31 + 5):
         tensor(scalars, size)
     for offset in (4, 8, 16):
@@ -206,7 +195,7 @@ with compiling("sm_90") as unaligned:
         tensor(scalars, offset=offset)
 with compiling("sm_90") as tables:
     for value in VALUES:
-        table(Scalars(*[value] * 7))
+        table(Scalars(*[value] * 8))
     for size in (1, 2, 16, 17):
         table(scalars, size)
 for compiled in (aligned, unaligned, tables):

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import compiled_or_skipped
 
-from bench.machine_code import KERNELS, TARGETS, Failure, Variant, examine_all
+from bench.machine_code import KERNELS, TARGETS, Variant, examine_all
 from bench.policies import BY_NAME, POLICIES
 
 TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
@@ -30,7 +31,6 @@ CASES = [(policy, kernel, target) for policy in CODED for kernel in KERNELS for 
 SR_24 = replace(Variant.of("sm_90", "tensor", BY_NAME["bf16-master24-8bit"]), stochastic=True)
 PLAIN = [Variant.of("sm_90", kernel, BY_NAME["bf16"]) for kernel in KERNELS]
 VARIANTS = [*(Variant.of(target, kernel, policy) for policy, kernel, target in CASES), SR_24, *PLAIN]
-CANNOT_COMPILE = ("is not defined for option 'gpu-name'", "ROCm linker", "'nvdisasm'")
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,7 @@ def results():
 
 @pytest.fixture
 def machine_code(results):
-    def get(variant):
-        result = results[variant]
-        if isinstance(result, Failure):
-            if any(reason in result.reason for reason in CANNOT_COMPILE):
-                pytest.skip(f"{variant.target}: cannot be compiled here")
-            pytest.fail(f"{variant}: {result.reason}", pytrace=False)
-        return result
-
-    return get
+    return lambda variant: compiled_or_skipped(variant, results[variant])
 
 
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0].name}-{case[1]}-{case[2]}")
