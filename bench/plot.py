@@ -116,22 +116,30 @@ def draw_bytes(axes: Axes, found: list[Record]) -> bool:
 
 
 def draw_training(axes: Axes, found: list[Record]) -> bool:
-    found = [r for r in found if r["command"] == "accuracy" and "losses" in r]
-    if not found:
+    """Loss curves of fp32, and how far those of the other policies are from them, seed by seed."""
+    runs = {(r["provider"], r["seed"]): r for r in found if r["command"] == "accuracy" and "losses" in r}
+    if not runs:
         return False
-    providers = order(r["provider"] for r in found)
+    providers = list(dict.fromkeys(provider for provider, _ in runs))
     palette = dict(zip(providers, [*OTHERS, *OURS], strict=False))
-    for provider in providers:
-        runs = [r for r in found if r["provider"] == provider]
-        for i, run in enumerate(runs):
-            at = [(j + 1) * run["steps_per_point"] for j in range(len(run["losses"]))]
-            label = provider if i == 0 else None
-            axes.plot(at, run["losses"], color=palette[provider], linewidth=1, alpha=0.8, label=label)
-    axes.set_yscale("log")
+    inset = axes.inset_axes((0.52, 0.55, 0.46, 0.4))
+    for (provider, seed), run in runs.items():
+        at = [(j + 1) * run["steps_per_point"] for j in range(len(run["losses"]))]
+        style = {"color": palette[provider], "linewidth": 1, "alpha": 0.8}
+        inset.plot(at, run["losses"], **style)
+        baseline = runs.get(("fp32", seed))
+        if baseline is not None and provider != "fp32":
+            apart = [loss - other for loss, other in zip(run["losses"], baseline["losses"], strict=True)]
+            axes.plot(at, apart, **style, label=provider if seed == 0 else None)
+    inset.set_yscale("log")
+    inset.set_title("training loss, nats per byte", fontsize=7)
+    inset.tick_params(labelsize=6, which="both")
+    axes.set_ylim(top=2.2 * axes.get_ylim()[1])  # room for the inset
+    axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss, nats per byte")
+    axes.set_ylabel("training loss minus that of fp32")
     axes.set_title("Storage policies, one line for each seed")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     return True
 
 
