@@ -64,12 +64,16 @@ def prepare(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) 
 
 
 def _check(param: Tensor, key: Any, values: Mapping[str, Any]) -> None:
+    only_master = values.keys() <= {"param_remainder", "master_param"}  # of a parameter that has not been stepped
     missing = [name for name in ("step", "exp_avg", "exp_avg_sq") if name not in values]
-    if missing:
+    if missing and not only_master:
         raise ValueError(
             f"loaded state of parameter {key} has no {', '.join(missing)} (it has {', '.join(values)}); "
             f"only the state of an AdamW or Adam can be loaded"
         )
+    step = values.get("step", 0)
+    if not isinstance(step, (int, float)) and not (isinstance(step, Tensor) and step.numel() == 1):
+        raise ValueError(f"loaded state 'step' of parameter {key} must be a number or a tensor of one, got {step!r}")
     for name in _LIKE_PARAM:
         if name in values and not isinstance(values[name], Tensor):
             raise ValueError(

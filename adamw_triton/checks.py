@@ -150,7 +150,8 @@ def check_entries(param: Tensor, entries: Mapping[str, Any]) -> None:
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder", "master_param"):
         if name in entries:
             _check_entry(param, name, entries[name])
-    coded = [name for name in entries if name in _OF_SMALL or getattr(entries[name], "dtype", None) in _CODES]
+    coded = [name for name in _OF_SMALL if name in entries]
+    coded += [name for name in SCALES if name in entries and entries[name].dtype == EIGHT_BITS[name]]
     if coded and param.dtype not in _SMALL:
         raise RuntimeError(
             f"state {coded[0]!r} ({_describe(entries[coded[0]])}) is for float32, bfloat16 and float16 parameters; "
@@ -166,10 +167,16 @@ def check_entries(param: Tensor, entries: Mapping[str, Any]) -> None:
         if is_coded:
             expected = -(-param.numel() // GROUP_SIZE)
             value = entries[scale]
-            if not isinstance(value, Tensor) or value.shape != (expected,) or value.dtype != torch.float32:
+            if (
+                not isinstance(value, Tensor)
+                or value.shape != (expected,)
+                or value.dtype != torch.float32
+                or value.device != param.device
+                or not value.is_contiguous()
+            ):
                 given = _describe(value) if isinstance(value, Tensor) else type(value).__name__
                 raise RuntimeError(
-                    f"state {scale!r} ({given}) must be float32 of shape ({expected},): "
+                    f"state {scale!r} ({given}) must be float32 of shape ({expected},), contiguous, on {param.device}: "
                     f"one for each {GROUP_SIZE} of {param.numel()} elements"
                 )
 
@@ -184,6 +191,8 @@ def check_rounding(param: Tensor, entries: Mapping[str, Any], *, stochastic: boo
         ValueError: which of them, and what to do instead.
     """
     for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{name} must be an integer, got {value!r}")
         limit = 2**31 if name == "stream" else 2**63
         if not 0 <= value < limit:
             raise ValueError(f"{name} must be from 0 to {limit} - 1; got {value}")
@@ -227,18 +236,11 @@ def _check_entry(param: Tensor, name: str, value: object) -> None:
 
 _SMALL = (torch.float32, torch.bfloat16, torch.float16)
 _OF_SMALL = ("param_remainder", "master_param")
-_CODES = tuple(EIGHT_BITS.values())
 _MOMENT_DTYPES = {
     "exp_avg_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.int8),
     "exp_avg_sq_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.uint8),
 }
-_NO_STORAGE = {
-    "exp_avg_dtype": None,
-    "exp_avg_sq_dtype": None,
-    "master_weight_bits": None,
-    "stochastic_rounding": False,
-    "seed": 0,
-}
+_OPTIONS = ("exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_bits", "stochastic_rounding")
 
 
 def check_storage(options: Mapping, params: Sequence[Tensor]) -> None:
@@ -253,14 +255,12 @@ def check_storage(options: Mapping, params: Sequence[Tensor]) -> None:
     seed = options["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1; got {seed!r}")
-    if seed != 0 and not options["stochastic_rounding"]:
-        raise ValueError(f"seed={seed} is of stochastic rounding; give it with stochastic_rounding=True")
     if options["amsgrad"] and options["exp_avg_sq_dtype"] == torch.uint8:
         raise ValueError("amsgrad=True needs an exp_avg_sq_dtype other than uint8: a maximum of codes is not kept")
     bits = options["master_weight_bits"]
-    if bits not in (None, 24, 32):
+    if bits is not None and (type(bits) is not int or bits not in (24, 32)):
         raise ValueError(f"master_weight_bits must be None, 24 or 32; got {bits!r}")
-    if all(options[name] == value for name, value in _NO_STORAGE.items()):
+    if not any(options[name] for name in _OPTIONS):
         return
     for param in params:
         of_param = f"a parameter of dtype {param.dtype} (shape {tuple(param.shape)})"

@@ -109,6 +109,13 @@ class AdamW(Optimizer):
         check_implementation(defaults)
         self._plan: Plan | None = None
         super().__init__(params, defaults)
+        if not any(group["stochastic_rounding"] for group in self.param_groups):
+            self._refuse_seed(seed)
+
+    @staticmethod
+    def _refuse_seed(seed: int) -> None:
+        if seed != 0:
+            raise ValueError(f"seed={seed} is of stochastic rounding; give it with stochastic_rounding=True")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with options of its own; refused like the arguments of the class."""
@@ -116,11 +123,14 @@ class AdamW(Optimizer):
             options = {**self.defaults, **param_group}
             check_hyper(options)
             check_implementation(options)
+        has_seed = isinstance(param_group, dict) and "seed" in param_group  # soon it has everything
         super().add_param_group(param_group)
         try:
             for param in self.param_groups[-1]["params"]:
                 check_param(param)
             check_storage(self.param_groups[-1], self.param_groups[-1]["params"])
+            if has_seed and not self.param_groups[-1]["stochastic_rounding"]:
+                self._refuse_seed(self.param_groups[-1]["seed"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -140,6 +150,7 @@ class AdamW(Optimizer):
         Raises:
             RuntimeError: a gradient or state that does not fit its parameter, or a sparse gradient. Nothing
                 has been written then.
+            ValueError: options or parameters of a group that were changed to what its constructor refuses; likewise.
         """
         loss = None
         if closure is not None:
@@ -190,7 +201,10 @@ class AdamW(Optimizer):
 
     @torch.no_grad()
     def master_params(self) -> list[Tensor]:
-        """Copies of all parameters in float32, in the order of the param groups, exact where there are masters."""
+        """Copies of all parameters in the order of the param groups, in float32, exact where there are masters.
+
+        Those of float64 and complex parameters have their dtype.
+        """
         return [
             storage.master_weight(param, self.state.get(param, {})).clone(memory_format=torch.contiguous_format)
             for group in self.param_groups

@@ -82,6 +82,8 @@ def param_groups_master_weights(params: ParamsT, master_weight_bits: int = 32, *
         >>> [(group["master_weight_bits"], len(group["params"])) for group in groups]
         [(32, 2), (None, 2)]
     """
+    if isinstance(params, Tensor):
+        raise TypeError(f"params must be an iterable of parameters or groups, got a tensor of {tuple(params.shape)}")
     given: list[Any] = list(params)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     split = []

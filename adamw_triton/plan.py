@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .checks import check_entries, check_grad, check_param, is_dense, same_strides
+from .checks import check_entries, check_grad, check_implementation, check_param, check_storage, is_dense, same_strides
 from .functional import step_tensor, step_tensor_reference
 from .scalars import Hyper, Scalars, device_scalars, host_scalars
 from .state import State
 from .storage import Policy, Rounding, Storage, TensorState
 
 _ALIGNMENT = 16  # bytes of the widest access
+_STRUCTURAL = ("foreach", "amsgrad", "maximize", "capturable", "differentiable")
 _grad_of = attrgetter("grad")
 
 
@@ -189,6 +190,9 @@ class Plan:
             for param in group["params"]
             if param.grad is not None and everything.pop(id(param), None) is not None  # a duplicate steps once
         ]
+        for group in groups:  # whose options and parameters may have changed since they were checked
+            check_implementation(group)
+            check_storage(group, group["params"])
         for item in items:
             item.check()
         for item in items:
@@ -293,7 +297,7 @@ class Plan:
 
 def _structure(groups: Sequence[Mapping[str, Any]], hypers: Sequence[Hyper], skippable: bool) -> list[Any]:
     return [skippable] + [
-        (group["foreach"], group["amsgrad"], group["maximize"], hyper.on_device, Policy.of(group))
+        (*(group[name] for name in _STRUCTURAL), hyper.on_device, Policy.of(group))
         for group, hyper in zip(groups, hypers, strict=True)
     ]
 

@@ -48,7 +48,7 @@ def adamw_(
     second_moment = v
     g = grad.to(dtype)
     if grad_scale is not None:
-        g = g / grad_scale.to(dtype)
+        g = g / grad_scale.to(dtype).reshape(())
     if maximize:
         g = -g
 

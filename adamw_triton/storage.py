@@ -139,6 +139,8 @@ class Policy(NamedTuple):
                     entries[name], entries[scale] = encode(name, value)
                 else:
                     entries[name] = value.to(dtype)
+            if scale in entries:
+                entries[scale] = entries[scale].contiguous()
         self._complete_master(param, entries, like)
 
     def set_master(self, param: Tensor, entries: dict[str, Any], value: Tensor) -> None:
@@ -300,9 +302,11 @@ def split(weight: Tensor, dtype: torch.dtype, noise: Tensor | None = None) -> tu
 
 
 def master_weight(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
-    """float32 value of a parameter, with what its state adds to it."""
+    """float32 value of a parameter, with what its state adds to it; of a float64 or complex one its own."""
     if "param_remainder" in entries:
         return join(param.detach(), entries["param_remainder"])
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return param.detach()
     return entries.get("master_param", param.detach()).to(torch.float32)
 
 

@@ -15,17 +15,17 @@ from bench.policies import BY_NAME, POLICIES
 
 TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
 
-# Instructions per element of the kernel for one tensor on each of TARGETS, measured with Triton 3.7.1.
+# Instructions per element on each of TARGETS, measured: the kernel for one tensor, by the worse of Triton 3.7.1 and 3.9.0.
 INSTRUCTIONS = {
     "fp32-8bit": (60.2, 63.2, 50.8, 74.0),
-    "bf16-master32": (44.0, 46.2, 38.0, 48.2),
-    "bf16-master32-bf16": (43.5, 44.5, 37.0, 49.1),
-    "bf16-master24-8bit": (59.0, 60.5, 49.9, 60.8),
-    "bf16-stochastic": (53.2, 54.2, 47.2, 49.6),
-    "fp16-master32": (37.2, 39.0, 33.8, 39.5),
+    "bf16-master32": (44.0, 46.2, 42.8, 48.8),
+    "bf16-master32-bf16": (43.9, 44.6, 37.0, 52.8),
+    "bf16-master24-8bit": (60.0, 60.5, 49.9, 60.8),
+    "bf16-stochastic": (53.6, 54.6, 47.5, 51.9),
+    "fp16-master32": (37.2, 39.0, 33.8, 40.2),
 }
 SLACK = 1
-TABLE = {"sm_80": 20, "sm_90": 20, "sm_100": 20, "gfx942": 30}  # more of a thread of the table kernel
+TABLE = {"sm_80": 20, "sm_90": 20, "sm_100": 20, "gfx942": 48}  # more of a thread of the table kernel
 CODED = [policy for policy in POLICIES if not policy.is_plain]
 CASES = [(policy, kernel, target) for policy in CODED for kernel in KERNELS for target in TARGETS]
 SR_24 = replace(Variant.of("sm_90", "tensor", BY_NAME["bf16-master24-8bit"]), stochastic=True)
@@ -50,9 +50,9 @@ def case(request, machine_code):
 
 
 def test_no_calls_and_no_spills(case):
-    policy, _, _, code = case
+    policy, _, target, code = case
     assert code.calls == code.spills == code.local_bytes == 0
-    assert code.registers <= 64
+    assert code.registers <= (64 if target.startswith("sm_") else 80)  # AMD has twice as many
     if policy.exp_avg.is_floating_point:
         # Only the scales of 8-bit moments go from the threads that reduce them to those that store them.
         assert code.barriers == code.shared_bytes == code.shared_accesses == 0
