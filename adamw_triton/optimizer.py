@@ -109,6 +109,7 @@ class AdamW(Optimizer):
         check_implementation(defaults)
         self._plan: Plan | None = None
         super().__init__(params, defaults)
+        self._watch_state()
         if not any(group["stochastic_rounding"] for group in self.param_groups):
             self._refuse_seed(seed)
 
@@ -165,9 +166,7 @@ class AdamW(Optimizer):
         # Set by torch.amp.GradScaler for the duration of this call.
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Tensor | None = getattr(self, "found_inf", None)
-        state: Any = self.state
-        if not isinstance(state, State):
-            self.state = state = State(state)  # type: ignore[assignment]  # declared a defaultdict
+        state = self._watch_state()
         hypers = list(map(Hyper.of, self.param_groups))
         now = (self.param_groups, hypers, state)
         skippable = found_inf is not None
@@ -268,8 +267,16 @@ class AdamW(Optimizer):
             ):
                 group.setdefault(name, value)
         checkpoint.restore(self.param_groups, self.state)
+        self._watch_state()
         self._plan = None
         self._announce_amp_support()
+
+    def _watch_state(self) -> State:
+        """The state, as a dict that notes changes even if somebody has assigned another."""
+        state: Any = self.state
+        if not isinstance(state, State):
+            self.state = state = State(state)  # type: ignore[assignment]  # declared a defaultdict
+        return state
 
     def _announce_amp_support(self) -> None:
         self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)

@@ -15,7 +15,7 @@ from bench.policies import BY_NAME, POLICIES
 
 TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
 
-# Instructions per element on each of TARGETS, measured: the kernel for one tensor, by the worse of Triton 3.7.1 and 3.9.0.
+# Per element on each of TARGETS, measured: the kernel for one tensor, by the worse of Triton 3.7.1 and 3.9.0.
 INSTRUCTIONS = {
     "fp32-8bit": (60.2, 63.2, 50.8, 74.0),
     "bf16-master32": (44.0, 46.2, 42.8, 48.8),

@@ -87,6 +87,15 @@ def test_state_without_entries_starts_again(change, device, path):
     assert optimizer.state[params[1]]["step"] == 8
 
 
+def test_a_reference_to_the_state_stays_valid(device):
+    param = nn.Parameter(torch.ones(3, device=device))
+    optimizer = AdamW([param])
+    state, of_param = optimizer.state, optimizer.state[param]
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    assert optimizer.state is state and state[param] is of_param and of_param["step"] == 1
+
+
 def test_state_for_a_parameter_without_any(device):
     _params, optimizer = stepped(device)
     fresh = nn.Parameter(torch.ones(3, device=device))
@@ -111,7 +120,8 @@ def test_copies_are_plain(convert, device):
     copied = convert(optimizer.state)
     assert type(copied) is defaultdict and copied.default_factory is dict and len(copied) == 3
     assert type(convert(optimizer.state[params[0]])) is dict
-    assert type(copy.deepcopy(optimizer).state) is defaultdict
+    copied = copy.deepcopy(optimizer)
+    assert copied.state is not optimizer.state and copied.state.changes is not optimizer.state.changes
 
 
 def test_state_dicts_are_plain_and_load_as_weights_only(device):
