@@ -11,7 +11,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import reduce
-from operator import attrgetter, is_, or_
+from operator import attrgetter, is_, itemgetter, or_
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,8 @@ from .state import State
 from .storage import Policy, Rounding, Storage, TensorState
 
 _ALIGNMENT = 16  # bytes of the widest access
-_STRUCTURAL = ("foreach", "amsgrad", "maximize", "capturable", "differentiable")
+# The options that a plan is built for; all others are read at every step.
+_structural_of = itemgetter("foreach", "amsgrad", "maximize", "capturable", "differentiable", *Policy._fields)
 _grad_of = attrgetter("grad")
 
 
@@ -296,10 +297,7 @@ class Plan:
 
 
 def _structure(groups: Sequence[Mapping[str, Any]], hypers: Sequence[Hyper], skippable: bool) -> list[Any]:
-    return [skippable] + [
-        (*(group[name] for name in _STRUCTURAL), hyper.on_device, Policy.of(group))
-        for group, hyper in zip(groups, hypers, strict=True)
-    ]
+    return [skippable] + [(_structural_of(group), hyper.on_device) for group, hyper in zip(groups, hypers, strict=True)]
 
 
 def _same(items: Any, known: list[Any]) -> bool:

@@ -7,7 +7,6 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -289,7 +288,7 @@ TABLES = {
 def main(argv: list[str]) -> int:
     parser = common.Parser("accuracy", DESCRIPTION)
     add_options(parser)
-    parser.add_argument("--json", type=Path, help="file for the records")
+    parser.add_argument("--json", type=common.json_file, help="file for the records")
     options = parser.parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
     found = measure(options, console)

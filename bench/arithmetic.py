@@ -8,7 +8,6 @@ two units wrong at worst; the Newton step must repair them for whatever error in
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,7 +110,7 @@ def measure(options: argparse.Namespace) -> list[Record]:
 def main(argv: list[str]) -> int:
     parser = common.Parser("arithmetic", DESCRIPTION)
     add_options(parser)
-    parser.add_argument("--json", type=Path, help="file for the records")
+    parser.add_argument("--json", type=common.json_file, help="file for the records")
     options = parser.parse(argv)
     found = measure(options)
     Console().print(records.table("Error of the update", found, {"rms_ulp": "RMS, ulp"}))

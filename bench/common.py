@@ -83,6 +83,15 @@ def output_folder(text: str) -> Path:
     return Path(text)
 
 
+def json_file(text: str) -> Path:
+    """A file that can be written, as far as can be told before it is."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a file to write, this is a folder")
+    output_folder(str(path.parent))
+    return path
+
+
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

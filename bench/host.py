@@ -7,7 +7,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -151,7 +150,7 @@ COLUMNS = {"host_us": "step(), µs", "host_us_per_tensor": "µs per tensor", "ti
 def main(argv: list[str]) -> int:
     parser = common.Parser("host", DESCRIPTION)
     add_options(parser)
-    parser.add_argument("--json", type=Path, help="file for the records")
+    parser.add_argument("--json", type=common.json_file, help="file for the records")
     options = parser.parse(argv)
     found = measure(options)
     Console().print(records.table(f"Host time of step() on {common.device_name(options.device)}", found, COLUMNS))

@@ -7,7 +7,6 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -219,7 +218,7 @@ def add_options(parser: common.Parser) -> None:
 def main(argv: list[str]) -> int:
     parser = common.Parser("models", DESCRIPTION)
     add_options(parser)
-    parser.add_argument("--json", type=Path, help="file for the records")
+    parser.add_argument("--json", type=common.json_file, help="file for the records")
     options = parser.parse(argv)
     found = measure(options)
     console = Console(width=None if sys.stdout.isatty() else 150)

@@ -6,7 +6,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -177,18 +176,10 @@ def show(console: Console, found: Sequence[Record]) -> None:
 def main(argv: list[str]) -> int:
     parser = common.Parser("static", DESCRIPTION)
     add_options(parser)
-    parser.add_argument(
-        "--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write the records to this file"
-    )
+    parser.add_argument("--json", type=common.json_file, help="file for the records")
     options = parser.parse(argv)
-    file = getattr(options, "json", None)
-    if file is not None and file.is_dir():
-        parser.error(f"got --json {file}; allowed: a file to write, this is a folder")
     found = measure(options)
     show(Console(width=None if sys.stdout.isatty() else WIDTH), found)
-    if file is not None:
-        try:
-            records.write(file, "static", argv, torch.device("cpu"), found)
-        except OSError as error:
-            parser.error(f"cannot write {file}: {error.strerror}")
+    if options.json:
+        records.write(options.json, "static", argv, torch.device("cpu"), found)
     return 0

@@ -40,7 +40,7 @@ def measure(command: str, device: torch.device, console: Console) -> list[Record
 
 def main(argv: list[str]) -> int:
     parser = common.Parser("suite", DESCRIPTION)
-    parser.add_argument("--output", type=Path, help="the JSON file, if another")
+    parser.add_argument("--output", type=common.json_file, help="the JSON file, if another")
     parser.add_argument("--only", nargs="+", choices=COMMANDS, default=list(COMMANDS), help="some of the commands")
     options = parser.parse(argv)
     device = common.device("auto")

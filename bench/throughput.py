@@ -6,7 +6,6 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -314,7 +313,7 @@ def add_options(parser: common.Parser) -> None:
 def main(argv: list[str]) -> int:
     parser = common.Parser("throughput", DESCRIPTION)
     add_options(parser)
-    parser.add_argument("--json", type=Path, help="file for the records")
+    parser.add_argument("--json", type=common.json_file, help="file for the records")
     options = parser.parse(argv)
     found = measure(options)
     console = Console(width=None if sys.stdout.isatty() else 150)

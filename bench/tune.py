@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -146,7 +145,7 @@ def add_options(parser: common.Parser) -> None:
 def main(argv: list[str]) -> int:
     parser = common.Parser("tune", DESCRIPTION)
     add_options(parser)
-    parser.add_argument("--json", type=Path, help="file for the records")
+    parser.add_argument("--json", type=common.json_file, help="file for the records")
     options = parser.parse(argv)
     found = measure(options)
     console = Console(width=None if sys.stdout.isatty() else 150)

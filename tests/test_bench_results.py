@@ -12,6 +12,8 @@ import torch
 from bench import __main__ as bench
 from bench import compare, host, plot, readme, records, suite
 
+WITH_JSON = ("static", "host", "arithmetic", "accuracy", "throughput", "models", "tune")
+
 
 def document(tmp_path, found, name="result.json"):
     records.write(tmp_path / name, "suite", ["--only", "host"], torch.device("cpu"), found)
@@ -147,6 +149,11 @@ def test_the_readme_agrees_with_the_committed_results():
         ("plot", ["nothing.json"], "nothing.json is not a result"),
         ("suite", ["--only", "everything"], "invalid choice: 'everything'"),
         ("readme", ["--what"], "unknown option '--what'"),
+        *((name, ["--json", "."], "this is a folder") for name in WITH_JSON),
+        ("host", ["--json", "pyproject.toml/result.json"], "allowed: a folder to write to"),
+        ("suite", ["--output", "."], "this is a folder"),
+        ("accuracy", ["--seeds", "0"], "got '0'; allowed: a positive integer"),
+        ("arithmetic", ["--seed", "-1"], "got '-1'"),
         ("no-such", [], "unknown command 'no-such'"),
     ],
 )

@@ -215,7 +215,7 @@ def test_what_cannot_be_compiled_is_a_row(monkeypatch):
         (["--target", "sm_70"], "sm_70"),
         (["--policy", "int8"], "int8"),
         (["--targets", "sm_90"], "unknown option '--targets'"),
-        (["--json", "."], "--json ."),
+        (["--json", "."], "argument --json: got '.'"),
     ],
 )
 def test_bad_options_are_one_line_and_status_2(argv, words, capsys):
