@@ -136,6 +136,10 @@ def random_state(shape, dtypes, device, *, amsgrad=False, scale=1.0):
     return [value.to(dtype) for value, dtype in zip(values, dtypes, strict=True)]
 
 
+def fp32_from_bits(values):
+    return torch.tensor(values, dtype=torch.int64).to(torch.int32).view(torch.float32)
+
+
 def allow_any_grad_dtype(param):
     if not hasattr(param, "grad_dtype"):
         pytest.skip("this torch refuses gradients of another dtype than their parameter's")

@@ -1,0 +1,473 @@
+"""What a user does with stored state: memory, master weights, checkpoints, options, and what is refused."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from helpers import bits, fp32_from_bits
+from torch import nn
+
+from adamw_triton import AdamW, adamw_, storage
+from bench.policies import POLICIES
+
+OPTIONS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+CODED = [policy for policy in POLICIES if not policy.is_plain]
+
+
+def copies(params):
+    made = [nn.Parameter(p.detach().clone()) for p in params]
+    for p, q in zip(params, made, strict=True):
+        q.grad = p.grad.clone()
+    return made
+
+
+# What a user does with it
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_state_bytes_are_the_table(policy, device, path):
+    n = 128 * 64
+    param = nn.Parameter(torch.zeros(n, device=device, dtype=policy.param))
+    param.grad = torch.zeros(n, device=device, dtype=policy.param)
+    optimizer = AdamW([param], **policy.options)
+    optimizer.step()
+    found = optimizer.state_bytes()
+    assert found.n_params == n and found.total - found.by_name["step"] == policy.state_bytes * n
+    assert found.total == sum(t.untyped_storage().nbytes() for t in optimizer.state[param].values())
+    lines = str(found).splitlines()
+    assert lines[-1].split()[0] == "total" and f"{found.total:,}" in lines[-1]
+
+
+@pytest.mark.parametrize("policy", CODED, ids=lambda policy: policy.name)
+def test_master_weights_in_and_out(policy, device, path):
+    params = [nn.Parameter(torch.zeros(n, device=device, dtype=policy.param)) for n in (3, 700)]
+    optimizer = AdamW(params, lr=0.0, weight_decay=0.0, **policy.options)
+    weights = [torch.randn(n, device=device) for n in (3, 700)]
+    weights[1][:4] = fp32_from_bits([0x3F808000, 0x3F818000, 0xBF808000, 0x3F807FFF]).to(device)  # ties
+    optimizer.load_master_params(weights)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    for _ in range(2):
+        got = optimizer.master_params()
+        for weight, master, param in zip(weights, got, params, strict=True):
+            assert master.dtype == torch.float32
+            if policy.master_weight_bits == 32:
+                assert torch.equal(bits(master), bits(weight))
+            elif policy.master_weight_bits == 24:
+                assert (master - weight).abs().div(weight.abs()).max() <= 2.0**-16
+            else:
+                assert torch.equal(master, param.float())
+            assert (param.float() - weight).abs().div(weight.abs()).max() <= 2.0**-8
+        if not policy.stochastic_rounding:
+            optimizer.step()  # a step of nothing changes nothing
+    before = optimizer.master_params()
+    with pytest.raises(ValueError, match="shapes"):
+        optimizer.load_master_params(weights[::-1])
+    assert all(map(torch.equal, before, optimizer.master_params()))
+
+
+SAME_MODEL = [(a, b) for a, b in itertools.product(POLICIES, repeat=2) if a.param == b.param]
+
+
+@pytest.mark.parametrize(("source", "target"), SAME_MODEL, ids=lambda policy: policy.name)
+def test_state_of_any_policy_loads_into_any_other(source, target, device):
+    """Where parameters have the same dtype; what the target can hold survives."""
+    params = [nn.Parameter(torch.randn(n, device=device).to(source.param)) for n in (5, 300)]
+    optimizer = AdamW(params, **OPTIONS, **source.options)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    other = AdamW(copies(params), **OPTIONS, **target.options)
+    if source.amsgrad and target.exp_avg_sq == torch.uint8:
+        with pytest.raises(ValueError, match="amsgrad=True needs"):
+            other.load_state_dict(optimizer.state_dict())
+        return
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for name in ("exp_avg", "exp_avg_sq"):
+        for p, q in zip(params, other.param_groups[0]["params"], strict=True):
+            a, b = optimizer.state[p], other.state[q]
+            wish = target.options[f"{name}_dtype"]
+            assert b[name].dtype == wish or wish is None
+            values = [
+                storage.decode(name, s[name], s[f"{name}_scale"]) if f"{name}_scale" in s else s[name].float()
+                for s in (a, b)
+            ]
+            # A code's step is largest at the top: 2 / 127 of m, 4 / 255 of v.
+            torch.testing.assert_close(*values, rtol=0.02, atol=1e-3 * values[0].abs().max().item())
+    for a, b in zip(optimizer.master_params(), other.master_params(), strict=True):
+        exact = target.master_weight_bits == 32 or source.master_weight_bits is None
+        torch.testing.assert_close(a, b, rtol=0 if exact else 2.0**-8, atol=0)
+    assert other.param_groups[0]["exp_avg_dtype"] == target.options["exp_avg_dtype"]
+    for p in other.param_groups[0]["params"]:
+        p.grad = torch.randn_like(p)
+    other.step()
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_torch_loads_it(policy, device, path):
+    params = [nn.Parameter(torch.randn(n, device=device).to(policy.param)) for n in (5, 300)]
+    optimizer = AdamW(params, **OPTIONS, **policy.options)
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    theirs = torch.optim.AdamW(copies(params), **OPTIONS, amsgrad=policy.amsgrad, foreach=False)
+    state_dict = optimizer.torch_state_dict()
+    names = {"step", "exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if policy.amsgrad else [])}
+    assert all(entries.keys() == names for entries in state_dict["state"].values())
+    assert state_dict["param_groups"][0].keys() <= theirs.param_groups[0].keys()
+    theirs.load_state_dict(state_dict)
+    theirs.step()
+    back = AdamW(copies(params), **OPTIONS, **policy.options)
+    back.load_state_dict(state_dict)
+    assert back.state_dict()["state"][1].keys() == optimizer.state_dict()["state"][1].keys()
+    back.step()
+
+
+BROKEN = {
+    "no scale": (lambda s: s.pop("exp_avg_scale"), "exp_avg_scale"),
+    "short scale": (lambda s: s.update(exp_avg_sq_scale=torch.ones(2)), r"shape \(3,\)"),
+    "scale of blocks of 256": (lambda s: s.update(exp_avg_scale=torch.ones(2)), "one for each 128"),
+    "fp16 scale": (lambda s: s.update(exp_avg_scale=torch.ones(3).half()), "must be float32"),
+    "scale without codes": (lambda s: s.update(exp_avg=torch.zeros(300)), "exp_avg_scale"),
+    "codes of the other moment": (lambda s: s.update(exp_avg=s["exp_avg_sq"].clone()), "exp_avg"),
+    "remainder of another shape": (lambda s: s.update(param_remainder=torch.zeros(7, dtype=torch.int8)), r"\(7,\)"),
+    "remainder that is a float": (lambda s: s.update(param_remainder=torch.zeros(300)), "int16 or int8"),
+    "no exp_avg": (lambda s: s.pop("exp_avg"), "no exp_avg"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_inconsistent_state_is_refused_before_anything_changes(name, device):
+    change, message = BROKEN[name]
+    options = {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8, "master_weight_bits": 24}
+    param = nn.Parameter(torch.randn(300, device=device).bfloat16())
+    optimizer = AdamW([param], **options)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    broken = copy.deepcopy(saved)
+    change(broken["state"][0])
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(broken)
+    now = optimizer.state_dict()["state"][0]
+    assert all(torch.equal(now[key], value) for key, value in saved["state"][0].items())
+    state, before = optimizer.state[param], param.detach().clone()
+    if name != "no exp_avg":  # which is created anew
+        change(state)
+        with pytest.raises(RuntimeError, match=message.replace("no exp_avg", "exp_avg")):
+            optimizer.step()
+        assert torch.equal(param, before)
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+REFUSED = [
+    (BF16, {"exp_avg_dtype": torch.uint8}, "exp_avg_dtype must be None or one of"),
+    (BF16, {"exp_avg_sq_dtype": torch.int8}, "exp_avg_sq_dtype must be None or one of"),
+    (BF16, {"exp_avg_dtype": "int8"}, "got 'int8'"),
+    (BF16, {"exp_avg_sq_dtype": FP16}, "for float16 parameters"),
+    (BF16, {"exp_avg_sq_dtype": torch.uint8, "amsgrad": True}, "amsgrad"),
+    (BF16, {"master_weight_bits": 16}, "None, 24 or 32; got 16"),
+    (FP32, {"master_weight_bits": 32}, "param_groups_master_weights"),
+    (FP32, {"master_weight_bits": 24}, "its own master"),
+    (FP16, {"master_weight_bits": 24}, "Use master_weight_bits=32"),
+    (FP32, {"stochastic_rounding": True}, "Leave it out"),
+    (FP16, {"stochastic_rounding": True}, "Leave it out"),
+    (BF16, {"stochastic_rounding": True, "master_weight_bits": 32}, "Leave it out"),
+    (BF16, {"seed": 5}, "stochastic_rounding=True"),
+    (BF16, {"seed": -1, "stochastic_rounding": True}, "got -1"),
+    (BF16, {"seed": 0.5, "stochastic_rounding": True}, "got 0.5"),
+    (torch.float64, {"exp_avg_dtype": torch.int8}, "float32, bfloat16 and float16"),
+    (torch.complex64, {"exp_avg_dtype": torch.bfloat16}, "float32, bfloat16 and float16"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options", "message"), REFUSED, ids=lambda value: str(value)[:60])
+def test_what_cannot_work_is_refused(dtype, options, message):
+    param = nn.Parameter(torch.zeros(3, dtype=dtype))
+    with pytest.raises(ValueError, match=message):
+        AdamW([param], **options)
+    with pytest.raises(ValueError, match=message):
+        AdamW([nn.Parameter(torch.zeros(2))]).add_param_group({"params": [param], **options})
+
+
+FUNCTION_REFUSES = [
+    (BF16, {"param_remainder": torch.int16, "master_param": FP32}, ValueError, "one of them"),
+    (FP32, {"param_remainder": torch.int16}, RuntimeError, "of a bfloat16 parameter"),
+    (FP16, {"master_param": BF16}, RuntimeError, "must be float32"),
+    (torch.float64, {"master_param": FP32}, RuntimeError, "float32, bfloat16 and float16 parameters"),
+    (BF16, {"seed": 3}, ValueError, "give it with stochastic_rounding=True"),
+    (BF16, {"element_offset": 8}, ValueError, "give it with stochastic_rounding=True"),
+    (BF16, {"element_offset": -8, "stochastic_rounding": True}, ValueError, "got -8"),
+    (BF16, {"stream": 2**31, "stochastic_rounding": True}, ValueError, "stream must be"),
+    (FP32, {"stochastic_rounding": True}, ValueError, "got a parameter of torch.float32"),
+    (torch.float64, {"stochastic_rounding": True}, ValueError, "torch.float64"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options", "error", "message"), FUNCTION_REFUSES)
+def test_what_the_function_refuses(dtype, options, error, message, device, path):
+    tensors = [torch.ones(5, dtype=dtype, device=device) for _ in range(4)]
+    entries = {
+        name: torch.zeros(5, dtype=value, device=device) if isinstance(value, torch.dtype) else value
+        for name, value in options.items()
+    }
+    with pytest.raises(error, match=message):
+        adamw_(*tensors, step=1, lr=0.1, **entries)
+    assert all(torch.equal(t, torch.ones_like(t)) for t in tensors)
+
+
+def test_codes_of_a_float64_parameter_are_refused(device, path):
+    param, grad = (torch.ones(5, dtype=torch.float64, device=device) for _ in range(2))
+    codes, scale = torch.zeros(5, dtype=torch.int8, device=device), torch.zeros(1, device=device)
+    with pytest.raises(RuntimeError, match="float32, bfloat16 and float16 parameters"):
+        adamw_(param, grad, codes, torch.zeros_like(param), step=1, lr=0.1, exp_avg_scale=scale)
+
+
+def test_random_bits_of_a_step_counted_on_the_device(device, path):
+    """With GradScaler's attributes the step reaches the kernel through memory; the bits are the same."""
+    start = torch.randn(2000, device=device).bfloat16()
+    results = []
+    for scaled in (False, True):
+        param = nn.Parameter(start.clone())
+        optimizer = AdamW([param], stochastic_rounding=True, seed=11, fused=True, **OPTIONS)
+        generator = torch.Generator(device).manual_seed(2)
+        for step in range(4):
+            param.grad = torch.randn(2000, device=device, generator=generator).bfloat16()
+            if scaled:
+                optimizer.grad_scale = torch.ones((), device=device)
+                optimizer.found_inf = torch.zeros((), device=device)
+                if step == 2:  # a skipped step draws no bits
+                    optimizer.found_inf += 1
+                    optimizer.step()
+                    optimizer.found_inf -= 1
+            optimizer.step()
+        results.append((param, optimizer.state[param]))
+    (one, state), (other, other_state) = results
+    # The scalars are the same to an fp32 rounding, which stochastic rounding can turn into one of bf16.
+    assert (one != other).float().mean() < 0.01
+    assert state["step"] == other_state["step"] == 4
+
+
+@pytest.mark.parametrize("master", [None, 24, 32])
+@pytest.mark.parametrize("exp_avg_dtype", [None, BF16, FP32, FP16, torch.int8])
+@pytest.mark.parametrize("exp_avg_sq_dtype", [None, BF16, FP32, torch.uint8])
+def test_options_combine(master, exp_avg_dtype, exp_avg_sq_dtype, device):
+    """m and v independently, with maximize, a tensor lr, weight decay and, where v is a float, amsgrad."""
+    options = {"exp_avg_dtype": exp_avg_dtype, "exp_avg_sq_dtype": exp_avg_sq_dtype, "master_weight_bits": master}
+    param = nn.Parameter(torch.randn(700, device=device).bfloat16())
+    exact = nn.Parameter(param.detach().double())
+    amsgrad = exp_avg_sq_dtype != torch.uint8
+    mine = AdamW([param], lr=torch.tensor(0.01), maximize=True, amsgrad=amsgrad, weight_decay=0.1, **options)
+    reference = torch.optim.AdamW([exact], lr=0.01, maximize=True, amsgrad=amsgrad, weight_decay=0.1, foreach=False)
+    for _ in range(3):
+        param.grad = torch.randn_like(param)
+        exact.grad = param.grad.double()
+        mine.step()
+        reference.step()
+    torch.testing.assert_close(mine.master_params()[0].double(), exact, rtol=3 * 2.0**-7, atol=3e-3)
+
+
+def test_mixed_models_through_groups(device, path):
+    from adamw_triton import param_groups_master_weights, param_groups_weight_decay
+
+    model = nn.Sequential(nn.Linear(8, 8).bfloat16(), nn.LayerNorm(8)).to(device)
+    groups = param_groups_master_weights(
+        param_groups_weight_decay(model, 0.1), 24, exp_avg_dtype=torch.int8, exp_avg_sq_dtype=torch.uint8
+    )
+    assert [(g["master_weight_bits"], g["weight_decay"], len(g["params"])) for g in groups] == [
+        (24, 0.1, 1), (24, 0.0, 1), (None, 0.0, 2),
+    ]  # fmt: skip
+    optimizer = AdamW(groups)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["exp_avg"].dtype == torch.int8
+    assert optimizer.state[model[1].weight]["exp_avg"].dtype == torch.float32
+    named = param_groups_master_weights(model.named_parameters())
+    assert [len(group["params"]) for group in named] == [2, 2] and AdamW(named)
+
+
+def test_grad_scaler_and_layouts_with_coded_state(device, path):
+    """A transposed parameter, a gradient in another order, one with gaps, a skipped and an unscaled step."""
+    options = {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8, "master_weight_bits": 24}
+    values = torch.randn(40, 30, device=device).bfloat16()
+    layouts = {
+        "contiguous": values.clone(),
+        "transposed": values.t().contiguous().t(),
+        "gaps": torch.zeros(40, 64, device=device).bfloat16()[:, :30].copy_(values),
+    }
+    gradients = [torch.randn(40, 30, device=device).bfloat16() for _ in range(3)]
+    results = {}
+    for name, value in layouts.items():
+        param = nn.Parameter(value)
+        optimizer = AdamW([param], **OPTIONS, **options, fused=True)
+        for step, gradient in enumerate(gradients):
+            param.grad = gradient.t().contiguous().t() if name == "contiguous" else gradient * 4
+            optimizer.grad_scale = torch.tensor(1.0 if name == "contiguous" else 4.0, device=device)
+            optimizer.found_inf = torch.tensor(1.0 if step == 1 else 0.0, device=device)
+            before = param.detach().clone()
+            optimizer.step()
+            assert torch.equal(before, param) == (step == 1)
+        assert optimizer.state[param]["step"] == 2
+        results[name] = param.detach().float()
+    # Groups follow the order of memory, so that another layout has other scales.
+    torch.testing.assert_close(results["contiguous"], results["gaps"], rtol=0, atol=2.0**-7 * 4)
+    torch.testing.assert_close(results["contiguous"], results["transposed"], rtol=0.02, atol=4e-3)
+
+
+# Options and parameters that change after construction
+
+
+def test_amsgrad_switched_on_later_is_refused(device, path):
+    param = nn.Parameter(torch.ones(200, device=device))
+    optimizer = AdamW([param], exp_avg_sq_dtype=torch.uint8)
+    param.grad = torch.full_like(param, 0.01)
+    optimizer.step()
+    before, state = param.detach().clone(), dict(optimizer.state[param])
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="amsgrad=True needs"):
+        optimizer.step()
+    assert torch.equal(param, before) and optimizer.state[param] == state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+def test_parameter_that_a_group_cannot_have_is_refused_when_appended(dtype, device, path):
+    param = nn.Parameter(torch.ones(3, device=device, dtype=BF16))
+    optimizer = AdamW([param], master_weight_bits=32)
+    fresh = nn.Parameter(torch.ones(3, device=device, dtype=dtype))
+    for p in (param, fresh):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.param_groups[0]["params"].append(fresh)
+    with pytest.raises(ValueError, match=str(dtype)):
+        optimizer.step()
+    assert fresh not in optimizer.state and torch.equal(fresh, torch.ones_like(fresh))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("master_weight_bits", 16), ("master_weight_bits", 24.0), ("exp_avg_dtype", torch.int16), ("capturable", True)],
+)
+def test_option_changed_to_what_cannot_be_is_refused(name, value, device, path):
+    param = nn.Parameter(torch.ones(3, device=device, dtype=BF16))
+    param.grad = torch.ones_like(param)
+    optimizer = AdamW([param])
+    optimizer.param_groups[0][name] = value
+    with pytest.raises(ValueError, match=name):
+        optimizer.step()
+    assert not optimizer.state and torch.equal(param, torch.ones_like(param))
+
+
+def test_option_changed_to_what_can_be_converts_the_state(device, path):
+    param = nn.Parameter(torch.randn(300, device=device).bfloat16())
+    optimizer = AdamW([param])
+    for options in ({}, {"exp_avg_dtype": torch.int8}, {"master_weight_bits": 24}, {"exp_avg_dtype": FP32}):
+        optimizer.param_groups[0].update(options)
+        param.grad = torch.randn_like(param)
+        optimizer.step()
+    state = optimizer.state[param]
+    assert state["step"] == 4 and state["exp_avg"].dtype == FP32 and state["param_remainder"].dtype == torch.int8
+    assert "exp_avg_scale" not in state
+
+
+def test_strided_scales(device, path):
+    """Refused where they are given, packed where they are loaded."""
+    n = 512
+    param, grad = torch.randn(n, device=device), torch.randn(n, device=device)
+    codes = torch.zeros(n, dtype=torch.int8, device=device), torch.zeros(n, dtype=torch.uint8, device=device)
+    both = torch.zeros(4, 2, device=device)
+    before = param.clone()
+    with pytest.raises(RuntimeError, match="contiguous"):
+        adamw_(param, grad, *codes, step=1, lr=0.1, exp_avg_scale=both[:, 0], exp_avg_sq_scale=both[:, 1])
+    assert torch.equal(param, before)
+
+    params = [nn.Parameter(param.clone()) for _ in range(2)]
+    optimizers = [AdamW([p], exp_avg_dtype=torch.int8, exp_avg_sq_dtype=torch.uint8) for p in params]
+    params[0].grad = grad
+    optimizers[0].step()
+    params[1].data.copy_(params[0])
+    state_dict = copy.deepcopy(optimizers[0].state_dict())
+    entries = state_dict["state"][0]
+    both = torch.stack([entries["exp_avg_scale"], entries["exp_avg_sq_scale"]], dim=1)
+    entries.update(exp_avg_scale=both[:, 0], exp_avg_sq_scale=both[:, 1])
+    optimizers[1].load_state_dict(state_dict)
+    for p, optimizer in zip(params, optimizers, strict=True):
+        p.grad = grad
+        optimizer.step()
+    assert torch.equal(*params)
+
+
+def test_scale_on_another_device_is_refused(device, path):
+    param, grad, v = (torch.ones(5, device=device) for _ in range(3))
+    codes, scale = torch.zeros(5, dtype=torch.int8, device=device), torch.zeros(1, device="meta")
+    with pytest.raises(RuntimeError, match="exp_avg_scale"):
+        adamw_(param, grad, codes, v, step=1, lr=0.1, exp_avg_scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_master_params_of_wide_parameters_lose_nothing(dtype, device):
+    param = nn.Parameter(torch.randn(5, dtype=dtype, device=device))
+    optimizer = AdamW([param])
+    before = param.detach().clone()
+    (master,) = optimizer.master_params()
+    assert torch.equal(master, before)
+    optimizer.load_master_params([master])
+    assert torch.equal(param, before)
+
+
+@pytest.mark.parametrize("master", [24, 32])
+def test_checkpoint_of_masters_before_the_first_step(master, device, path):
+    weights = torch.randn(300, device=device)
+    params = [nn.Parameter(torch.zeros(300, device=device, dtype=BF16)) for _ in range(2)]
+    optimizers = [AdamW([p], master_weight_bits=master) for p in params]
+    optimizers[0].load_master_params([weights])
+    params[1].data.copy_(params[0])
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    assert torch.equal(optimizers[0].master_params()[0], optimizers[1].master_params()[0])
+    for p, optimizer in zip(params, optimizers, strict=True):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert torch.equal(*params)
+
+
+@pytest.mark.parametrize("step", [None, "x", torch.ones(2)])
+def test_a_step_that_is_no_number_is_refused_before_anything_changes(step, device):
+    param = nn.Parameter(torch.ones(3, device=device))
+    param.grad = torch.ones_like(param)
+    optimizer = AdamW([param])
+    optimizer.step()
+    broken = copy.deepcopy(optimizer.state_dict())
+    broken["state"][0]["step"] = step
+    with pytest.raises(ValueError, match="'step' of parameter 0"):
+        optimizer.load_state_dict(broken)
+    assert optimizer.state[param]["step"] == 1
+    optimizer.step()
+
+
+def test_grad_scale_of_shape_one(device, path):
+    tensors = [torch.tensor(value, device=device) for value in (1.0, 1.0, 0.0, 0.0)]
+    adamw_(*tensors, step=1, lr=0.1, weight_decay=0.0, grad_scale=torch.tensor([2.0], device=device))
+    assert tensors[2].item() == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize("name", ["seed", "stream", "element_offset"])
+def test_numbers_of_stochastic_rounding_are_integers(name, device, path):
+    tensors = [torch.ones(3, dtype=BF16, device=device) for _ in range(4)]
+    with pytest.raises(ValueError, match=f"{name} must be an integer"):
+        adamw_(*tensors, step=1, lr=0.1, stochastic_rounding=True, **{name: 1.5})
+    assert all(torch.equal(t, torch.ones_like(t)) for t in tensors)
+
+
+def test_a_group_may_leave_stochastic_rounding_out(device):
+    low, wide = nn.Parameter(torch.ones(3, device=device, dtype=BF16)), nn.Parameter(torch.ones(3, device=device))
+    AdamW([{"params": [low]}, {"params": [wide], "stochastic_rounding": False}], stochastic_rounding=True, seed=3)
+    with pytest.raises(ValueError, match="seed=3"):
+        AdamW([{"params": [wide], "seed": 3}])
+
+
+def test_groups_of_a_single_tensor_are_refused():
+    from adamw_triton import param_groups_master_weights
+
+    with pytest.raises(TypeError, match=r"got a tensor of \(3, 2\)"):
+        param_groups_master_weights(torch.ones(3, 2))
