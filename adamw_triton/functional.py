@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from . import launch, reference, storage
-from .checks import check_entries, check_grad, check_hyper, check_param, check_rounding, is_dense, same_strides
+from .checks import check_entries, check_grad, check_hyper, check_param, check_rounding
+from .layout import is_dense, same_strides
 from .scalars import Hyper, Scalars, host_scalars
 from .storage import Rounding, TensorState
 

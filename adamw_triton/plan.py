@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .checks import check_entries, check_grad, check_implementation, check_param, check_storage, is_dense, same_strides
+from .checks import check_entries, check_grad, check_implementation, check_param, check_storage
 from .functional import step_tensor, step_tensor_reference
+from .layout import is_dense, same_strides
 from .scalars import Hyper, Scalars, device_scalars, host_scalars
 from .state import State
 from .storage import Policy, Rounding, Storage, TensorState

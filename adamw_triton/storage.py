@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .layout import same_strides
+
 GROUP_SIZE = 128  # elements of an 8-bit moment that share a scale
 PHILOX_ROUNDS = 7
 SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
@@ -131,7 +133,7 @@ class Policy(NamedTuple):
                 entries[name] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
                 if dtype == EIGHT_BITS.get(name):
                     entries[scale] = torch.zeros(_groups(param.numel()), device=param.device)
-            elif present.dtype != dtype or not _same_strides(present, like):
+            elif present.dtype != dtype or not same_strides(present, like):
                 if scale in entries:
                     present = decode(name, present, entries.pop(scale))
                 value = torch.empty_like(like, dtype=present.dtype, device=param.device).copy_(present)
@@ -165,7 +167,7 @@ class Policy(NamedTuple):
             return
         name, dtype = wanted or ("", torch.float32)
         present = entries.get(name)
-        if wanted is not None and present is not None and present.dtype == dtype and _same_strides(present, like):
+        if wanted is not None and present is not None and present.dtype == dtype and same_strides(present, like):
             return
         master = master_weight(param, entries)
         for other in ("param_remainder", "master_param"):
@@ -222,16 +224,10 @@ def _groups(n_elements: int) -> int:
     return -(-n_elements // GROUP_SIZE)
 
 
-def _same_strides(a: Tensor, b: Tensor) -> bool:
-    return a.numel() == 0 or all(
-        size == 1 or x == y for size, x, y in zip(a.shape, a.stride(), b.stride(), strict=True)
-    )
-
-
 def _dense(tensor: Tensor) -> Tensor:
     """Without gaps: the tensor itself, or a copy."""
     like = torch.empty_like(tensor, device="meta")
-    return tensor if _same_strides(tensor, like) else torch.empty_like(tensor).copy_(tensor)
+    return tensor if same_strides(tensor, like) else torch.empty_like(tensor).copy_(tensor)
 
 
 def flat(tensor: Tensor) -> Tensor:
