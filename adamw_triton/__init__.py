@@ -3,6 +3,7 @@
 from .functional import adamw_
 from .optimizer import AdamW
 from .param_groups import param_groups_master_weights, param_groups_weight_decay
+from .release import register_gradient_release
 
-__all__ = ["AdamW", "adamw_", "param_groups_master_weights", "param_groups_weight_decay"]
 __version__ = "0.1.0"
+__all__ = ["AdamW", "adamw_", "param_groups_master_weights", "param_groups_weight_decay", "register_gradient_release"]

@@ -16,6 +16,7 @@ from .storage import SCALES, Policy, decode
 _OF_THE_INSTANCE = ("foreach", "fused", "capturable", "differentiable", *Policy._fields)
 
 
+_NOT_TORCHS = (*Policy._fields, "cautious", "decouple_lr")
 _LIKE_PARAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder", "master_param")
 
 
@@ -135,6 +136,6 @@ def torch_state_dict(groups: Sequence[Mapping[str, Any]], packed: Mapping[str, A
             entries.pop("master_param", None)
         state[key] = entries
     param_groups = [
-        {name: value for name, value in group.items() if name not in Policy._fields} for group in packed["param_groups"]
+        {name: value for name, value in group.items() if name not in _NOT_TORCHS} for group in packed["param_groups"]
     ]
     return {**packed, "state": state, "param_groups": param_groups}

@@ -26,10 +26,12 @@ def check_hyper(options: Mapping) -> None:
     """Refuse hyper-parameters that torch.optim.AdamW refuses.
 
     Raises:
-        ValueError: lr, eps or weight_decay negative, a beta outside [0, 1), or a tensor of several elements.
+        ValueError: lr, eps or weight_decay negative, a beta outside [0, 1), a tensor of several elements, or an lr of 0
+            that weight decay is to be a multiple of.
     """
     lr, (beta1, beta2) = options["lr"], options["betas"]
-    for name, value in (("lr", lr), ("betas[0]", beta1), ("betas[1]", beta2)):
+    tensors = {"lr": lr, "betas[0]": beta1, "betas[1]": beta2, "weight_decay": options["weight_decay"]}
+    for name, value in tensors.items():
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
     # `not >=` rather than `<`, so that NaN is refused too.
@@ -43,6 +45,10 @@ def check_hyper(options: Mapping) -> None:
     for index, beta in enumerate((beta1, beta2)):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}; it must be in [0, 1)")
+    if options.get("decouple_lr") and not options.get("initial_lr", lr) > 0.0:
+        raise ValueError(
+            f"decouple_lr=True decays by weight_decay * lr / initial lr; the initial lr must be above 0, got {lr}"
+        )
 
 
 def check_implementation(options: Mapping) -> None:
@@ -51,11 +57,6 @@ def check_implementation(options: Mapping) -> None:
         raise ValueError(
             "differentiable=True is not supported: the step writes in place, outside of autograd. "
             "Use torch.optim.AdamW(..., differentiable=True) to differentiate through a step."
-        )
-    if options["capturable"]:
-        raise ValueError(
-            "capturable=True is not supported: the step count lives on the host. "
-            "Use capturable=False, and keep optimizer.step() outside of the CUDA graph."
         )
 
 

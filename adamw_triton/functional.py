@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import launch, reference, storage
 from .checks import check_entries, check_grad, check_hyper, check_param, check_rounding
+from .control import Scaling
 from .layout import is_dense, same_strides
 from .scalars import Hyper, Scalars, host_scalars
 from .storage import Rounding, TensorState
@@ -23,8 +24,9 @@ def step_tensor(
     scalars: Scalars | Tensor,
     *,
     maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
+    cautious: bool = False,
+    control: Tensor | None = None,
+    statistics: Tensor | None = None,
     rounding: Rounding | None = None,
 ) -> None:
     """Launch the kernel for one checked parameter of any layout; a complex one is a pair of real numbers."""
@@ -35,8 +37,9 @@ def step_tensor(
             work_state,
             scalars,
             maximize=maximize,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            cautious=cautious,
+            control=control,
+            statistics=statistics,
             rounding=rounding,
         )
 
@@ -49,14 +52,20 @@ def step_tensor_reference(
     step: float,
     *,
     maximize: bool,
-    grad_scale: Tensor | None,
+    cautious: bool = False,
+    control: Tensor | None = None,
+    statistics: Tensor | None = None,
     rounding: Rounding | None = None,
 ) -> None:
     """The same without kernels."""
+    if control is not None and control[1].item():
+        return
     options: dict[str, Any] = {
         "step": step,
         "maximize": maximize,
-        "grad_scale": grad_scale,
+        "cautious": cautious,
+        "grad_factor": None if control is None else control[0],
+        "statistics": statistics,
         "rounding": rounding,
         **{name: float(value) for name, value in hyper._asdict().items()},
     }
@@ -110,6 +119,7 @@ def adamw_(
     weight_decay: float = 1e-2,
     max_exp_avg_sq: Tensor | None = None,
     maximize: bool = False,
+    cautious: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     param_remainder: Tensor | None = None,
@@ -129,7 +139,7 @@ def adamw_(
         exp_avg, exp_avg_sq: moments in param's shape, of any of these dtypes, or int8 and uint8 with scales; zeros
             before the first update.
         step: number of this update, 1 for the first. Not incremented.
-        lr, betas, eps, weight_decay, maximize: as for `AdamW`.
+        lr, betas, eps, weight_decay, maximize, cautious: as for `AdamW`.
         max_exp_avg_sq: running maximum of exp_avg_sq; given, the update is AMSGrad's.
         grad_scale: one-element tensor that the gradient is divided by.
         found_inf: one-element tensor; if it is not 0, nothing is written.
@@ -179,9 +189,11 @@ def adamw_(
     state = TensorState.of(entries, amsgrad=max_exp_avg_sq is not None)
     rounding = Rounding(seed, stream, element_offset) if stochastic_rounding else None
     hyper = Hyper.of(options)
-    how: dict[str, Any] = {"maximize": maximize, "grad_scale": grad_scale, "rounding": rounding}
+    scaling = Scaling(grad_scale, found_inf).to(param.device)
+    control = reference.gradient_control(None, *scaling, None, None) if scaling.given else None
+    how: dict[str, Any] = {"maximize": maximize, "cautious": cautious, "control": control, "rounding": rounding}
     if launch.has_kernels(param.device):
-        step_tensor(param, grad, state, host_scalars(hyper, float(step)), found_inf=found_inf, **how)
+        step_tensor(param, grad, state, host_scalars(hyper, float(step)), **how)
         torch.autograd.graph.increment_version([param, *state.tensors])
-    elif found_inf is None or not found_inf.item():
+    else:
         step_tensor_reference(param, grad, state, hyper, float(step), **how)

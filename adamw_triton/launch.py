@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .control import Control, Scaling
 from .scalars import Scalars
 from .storage import Rounding, Storage, TensorState
 
@@ -19,7 +20,9 @@ try:
 except ImportError:  # triton is published for Linux only; the reference runs elsewhere
     triton = None
 else:
-    from .kernels.adamw import adamw_kernel, adamw_table_kernel
+    from .kernels.adamw import STATISTICS_ROWS, adamw_kernel, adamw_table_kernel
+    from .kernels.grad_norm import SPAN_BLOCKS, grad_norm_kernel
+    from .kernels.scalars import scalars_kernel
 
 # With TRITON_INTERPRET=1 set before this import, kernels run through NumPy, on CPU tensors too.
 INTERPRETED = triton is not None and not isinstance(adamw_kernel, triton.JITFunction)
@@ -49,6 +52,7 @@ class Table(NamedTuple):
     aligned: bool
     seed: int
     configuration: Configuration
+    has_rows: bool = False  # whether each tensor has a row of the scalars
 
     @classmethod
     def of(
@@ -58,6 +62,8 @@ class Table(NamedTuple):
         states: Sequence[TensorState],
         *,
         aligned: bool,
+        addresses: Tensor | None = None,
+        rows: Sequence[int] | None = None,
         roundings: Sequence[Rounding] | None = None,
         configuration: Configuration | None = None,
     ) -> Table:
@@ -68,32 +74,78 @@ class Table(NamedTuple):
             grads: of each, with its strides.
             states: of each, with its strides.
             aligned: whether all but scales begin at multiples of 16 bytes.
+            addresses: of the gradients, int64 on their device, if they are there already.
+            rows: of each, in a table of scalars, if they differ.
             roundings: of each, with one seed and no offset, for stochastic rounding.
             configuration: another one than that of these formats.
         """
         device = params[0].device
         storage = Storage.of(params[0], grads[0], states[0], stochastic=roundings is not None)
         used = configuration or configuration_of(*storage.dtypes)
-        rows = [
+        lines = [
             [param.numel(), param.data_ptr(), *(tensor.data_ptr() for tensor in state.tensors)]
             for param, state in zip(params, states, strict=True)
         ]
         if roundings is not None:
-            rows = [[*row, rounding.stream] for row, rounding in zip(rows, roundings, strict=True)]
-        tensors = torch.tensor(rows, dtype=torch.int64)
-        n_chunks = (tensors[:, 0] + used.block_size - 1) // used.block_size
-        tensor = torch.repeat_interleave(torch.arange(len(rows)), n_chunks)
-        block = torch.arange(len(tensor)) - (n_chunks.cumsum(0) - n_chunks)[tensor]
+            lines = [[*line, rounding.stream] for line, rounding in zip(lines, roundings, strict=True)]
+        if rows is not None:
+            lines = [[*line, row] for line, row in zip(lines, rows, strict=True)]
+        tensors = torch.tensor(lines, dtype=torch.int64)
+        if addresses is None:
+            addresses = torch.tensor([grad.data_ptr() for grad in grads], dtype=torch.int64).to(device)
         return cls(
             tensors=tensors.to(device),
-            grads=torch.tensor([grad.data_ptr() for grad in grads], dtype=torch.int64).to(device),
-            chunks=torch.stack((tensor, block), dim=1).to(torch.int32).to(device),
+            grads=addresses,
+            chunks=_pieces(tensors[:, 0], used.block_size).to(device),
             storage=storage,
             amsgrad=states[0].max_exp_avg_sq is not None,
             aligned=aligned,
+            has_rows=rows is not None,
             seed=roundings[0].seed if roundings else 0,
             configuration=used,
         )
+
+
+class NormTable(NamedTuple):
+    """Gradients of one dtype for one launch, on their device; layouts as in `grad_norm_kernel`."""
+
+    grads: Tensor
+    numels: Tensor
+    spans: Tensor
+    first: int
+    dtype: torch.dtype
+    aligned: bool
+
+    @classmethod
+    def of(
+        cls, grads: Tensor, numels: Tensor, members: Sequence[int], *, first: int, dtype: torch.dtype, aligned: bool
+    ) -> NormTable:
+        """The table of some of all gradients on one device.
+
+        Args:
+            grads: int64, addresses of all, on the device.
+            numels: int64, elements of all (real numbers), on the device.
+            members: indices of those of `dtype`.
+            first: partial sums before theirs.
+            aligned: whether they begin at multiples of 16 bytes.
+        """
+        index = torch.tensor(members)
+        spans = _pieces(numels.cpu()[index], int(SPAN_BLOCKS.value) * norm_block_size(dtype), at_least=1)
+        spans[:, 0] = index[spans[:, 0].long()].to(torch.int32)
+        return cls(grads, numels, spans.to(grads.device), first, dtype, aligned)
+
+
+def norm_block_size(dtype: torch.dtype) -> int:
+    """Two accesses of 128 bits for each of 128 threads."""
+    return 4096 // dtype.itemsize
+
+
+def _pieces(numels: Tensor, size: int, *, at_least: int = 0) -> Tensor:
+    """int32 [n, 2]: tensor, and number within it, of each piece of at most `size` elements."""
+    counts = ((numels + size - 1) // size).clamp(min=at_least)
+    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    piece = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    return torch.stack((tensor, piece), dim=1).to(torch.int32)
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -132,17 +184,19 @@ def launch_tensor(
     scalars: Scalars | Tensor,
     *,
     maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    cautious: bool = False,
+    control: Tensor | None = None,
+    statistics: Tensor | None = None,
     rounding: Rounding | None = None,
     configuration: Configuration | None = None,
 ) -> None:
     """Step one dense, real parameter; all tensors on its device, with its strides.
 
     Args:
-        scalars: floats, or a float64 row on the device (`device_scalars`).
-        grad_scale: one-element device tensor; gradients are divided by it in registers.
-        found_inf: one-element device tensor; nothing is written where it is not 0.
+        scalars: floats, or a float64 row on the device.
+        cautious: decay only where that moves the parameter as the update does.
+        control: `Control.values`: a factor for the gradient, and a flag, not 0 where nothing is to be written.
+        statistics: of `statistics_like`, written.
         rounding: stochastic where it is given.
         configuration: another one than that of these formats.
     """
@@ -155,17 +209,18 @@ def launch_tensor(
         how = "stochastic" if rounding.element_offset % 8 == 0 else "stochastic shifted"
     row, floats = _split(scalars, param)
     with _on(param.device):
-        adamw_kernel[(-(-n_elements // used.block_size),)](
+        adamw_kernel[(n_programs(n_elements, used),)](
             param,
             grad,
             *state,
             n_elements,
-            grad_scale,
-            found_inf,
+            control,
+            statistics,
             *(rounding or Rounding(0, 0)),
             row,
             *floats,
             maximize,
+            cautious,
             how,
             used.block_size,
             used.eviction,
@@ -178,10 +233,15 @@ def launch_table(
     scalars: Scalars | Tensor,
     *,
     maximize: bool,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    cautious: bool = False,
+    control: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> None:
-    """Step every tensor of a table in one launch; other arguments as for `launch_tensor`."""
+    """Step every tensor of a table in one launch; other arguments as for `launch_tensor`.
+
+    Args:
+        scalars: of all tensors, or float64 [n_rows, 8] on the device if the table says which is whose.
+    """
     n_chunks = table.chunks.shape[0]
     if n_chunks == 0:
         return
@@ -192,20 +252,97 @@ def launch_table(
             table.tensors,
             table.grads,
             table.chunks,
-            grad_scale,
-            found_inf,
+            control,
+            statistics,
             table.seed,
             row,
             *floats,
             *map(_triton_dtype, storage[:5]),
             table.amsgrad,
+            table.has_rows,
             table.aligned,
             maximize,
+            cautious,
             "stochastic" if storage.stochastic else "nearest",
             table.configuration.block_size,
             table.configuration.eviction,
             num_warps=table.configuration.num_warps,
         )
+
+
+def statistics_like(n_programs: int, device: torch.device) -> Tensor:
+    """Memory for the sums of squares of so many programs: float32 [n_programs, STATISTICS_ROWS, 4], 0."""
+    return torch.zeros(n_programs, int(STATISTICS_ROWS.value), 4, device=device)
+
+
+def n_programs(n_elements: int, configuration: Configuration) -> int:
+    return -(-n_elements // configuration.block_size)
+
+
+def launch_scalars(
+    rows: Tensor, steps: Tensor, scalars: Tensor, control: Control | None, scaling: Scaling, *, known: bool
+) -> None:
+    """Count one update and write its scalars.
+
+    Args:
+        rows, steps, scalars: as in `scalars_kernel`; one row or more.
+        control: written from `scaling`, unless it is `known`; None if there is neither.
+    """
+    with _on(rows.device):
+        scalars_kernel[(rows.shape[0],)](
+            rows,
+            steps,
+            scalars,
+            None if control is None else control.values,
+            None if control is None or known else control.skipped,
+            *((None, None) if known else scaling),
+            known,
+            1024,
+            num_warps=NUM_WARPS,
+        )
+
+
+def launch_norms(
+    tables: Sequence[NormTable],
+    partials: Tensor,
+    arrived: Tensor,
+    control: Control | None,
+    scaling: Scaling,
+    max_grad_norm: float | None,
+    skip_above: float | None,
+) -> None:
+    """Norm of all gradients of some tables on one device, and what follows from it.
+
+    Args:
+        partials: float64 [n + 1] for n partial sums.
+        arrived: int32, 0.
+        control: written; without it only the sum of squares is made, as the last of `partials`.
+        max_grad_norm, skip_above: as in `gradient_control`.
+    """
+    try:
+        for table in tables:
+            with _on(partials.device):
+                grad_norm_kernel[(table.spans.shape[0],)](
+                    table.grads,
+                    table.numels,
+                    table.spans,
+                    table.first,
+                    partials,
+                    partials.shape[0] - 1,
+                    arrived,
+                    None if control is None else control.values,
+                    None if control is None else control.skipped,
+                    *scaling,
+                    max_grad_norm,
+                    skip_above,
+                    _triton_dtype(table.dtype),
+                    table.aligned,
+                    norm_block_size(table.dtype),
+                    num_warps=NUM_WARPS,
+                )
+    except BaseException:
+        arrived.zero_()  # or programs of the next step would pass for those of this one
+        raise
 
 
 def _split(scalars: Scalars | Tensor, like: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor | None, Scalars]:

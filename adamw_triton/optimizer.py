@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import checkpoint, storage
+from . import checkpoint, graphs, storage
 from .checks import check_hyper, check_implementation, check_param, check_storage
-from .plan import Plan
-from .scalars import Hyper
+from .compiled import CompiledStep
+from .control import Control, Limits, Scaling, move
+from .plan import Frame, Plan
+from .release import GradientRelease
 from .state import ParamState, State
 from .storage import Policy, StateBytes
+
+
+def _limit(name: str) -> Any:
+    def get(self: AdamW) -> Any:
+        return getattr(self._limits, name)
+
+    def set_(self: AdamW, value: Any) -> None:
+        limits = self._limits._replace(**{name: value})
+        limits.check()
+        self._limits = limits
+
+    return property(get, set_)
+
+
+def _set_initial_lr(group: dict[str, Any]) -> None:
+    """What `decouple_lr` divides by, under the name that torch.optim.lr_scheduler keeps it under."""
+    if group["decouple_lr"]:
+        group.setdefault("initial_lr", float(group["lr"]))
 
 
 class AdamW(Optimizer):
@@ -38,12 +58,15 @@ class AdamW(Optimizer):
         lr: learning rate :math:`\eta`; a float or a 0-d tensor, which may change in place between steps.
         betas: decay rates :math:`\beta_1, \beta_2` of the moments; floats or 0-d tensors.
         eps: :math:`\epsilon`, added outside of the square root.
-        weight_decay: :math:`\lambda`, multiplied by the learning rate as in PyTorch, unlike the paper's.
+        weight_decay: :math:`\lambda`, multiplied by the learning rate as in PyTorch, unlike the paper's; a float or
+            a 0-d tensor.
         amsgrad: divide by the maximum of all v so far (https://openreview.net/forum?id=ryQu7f-RZ).
         maximize: ascend instead of descend.
         foreach: True: one launch for all tensors that share dtypes; False: one for each tensor; None: one
             for all, unless there is only one.
-        capturable: only False.
+        capturable: True: `step` lives on the parameters' device, so that a CUDA graph can hold whole steps. What shall
+            change between replays (lr, betas, weight_decay) must be a 0-d tensor on the device then; a number is
+            frozen into the graph.
         differentiable: only False.
         fused: True announces that `torch.amp.GradScaler` may leave unscaling to the step. The kernel is the
             same in any case.
@@ -55,6 +78,26 @@ class AdamW(Optimizer):
         stochastic_rounding: round what is stored in bfloat16, and 24-bit weights, up or down with the probabilities
             that make the mean exact.
         seed: of stochastic rounding.
+        cautious: decay only where that moves the parameter as the update does (https://arxiv.org/abs/2510.12402).
+        decouple_lr: decay by weight_decay * lr / initial lr, as in the paper: a change of the learning rate does not
+            change the decay at its top. The initial lr is the group's at construction, kept as "initial_lr".
+        max_grad_norm: scale all gradients down so that their global norm is at most this, as
+            `torch.nn.utils.clip_grad_norm_` does; in registers, without writing them. Read `grad_norm` for the norm.
+        skip_nonfinite: skip a step whose global gradient norm is not finite: nothing is written, no step counted.
+        skip_grad_norm_above: skip also a step with a larger global norm.
+        statistics: make `update_norm` and `param_norm`.
+
+    `max_grad_norm`, `skip_nonfinite`, `skip_grad_norm_above` and `statistics` are of the whole optimizer, attributes
+    that may be changed between steps; all others are of a param group.
+
+    Attributes:
+        grad_norm: 0-d float64 tensor on the device of the first parameter: norm of all gradients (unscaled, before
+            clipping) at the last step that needed one. Every such step writes it anew: clone what is to be kept.
+        skipped_steps: 0-d int64 tensor there: steps skipped so far.
+        update_norm, param_norm: 0-d float64 tensors there, with `statistics`: norms of the change of all parameters at
+            the last step that was not skipped, and of all parameters after it; both before rounding to their storage.
+
+    The optimizer reads none of these, so that nothing waits for the device before you do.
 
     Raises:
         ValueError: an option out of range or not supported, or a parameter whose elements share memory.
@@ -87,6 +130,12 @@ class AdamW(Optimizer):
         master_weight_bits: int | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        cautious: bool = False,
+        decouple_lr: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        skip_grad_norm_above: float | None = None,
+        statistics: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -104,12 +153,21 @@ class AdamW(Optimizer):
             "master_weight_bits": master_weight_bits,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
+            "cautious": cautious,
+            "decouple_lr": decouple_lr,
         }
         check_hyper(defaults)
         check_implementation(defaults)
+        self._limits = Limits(max_grad_norm, skip_nonfinite, skip_grad_norm_above)
+        self._limits.check()
+        self.statistics = statistics
         self._plan: Plan | None = None
+        self._controls: dict[torch.device, Control] = {}
+        self._graphs = graphs.Graphs()
+        self._release: GradientRelease | None = None
         super().__init__(params, defaults)
         self._watch_state()
+        self._compiled = CompiledStep(self)
         if not any(group["stochastic_rounding"] for group in self.param_groups):
             self._refuse_seed(seed)
 
@@ -124,6 +182,12 @@ class AdamW(Optimizer):
             options = {**self.defaults, **param_group}
             check_hyper(options)
             check_implementation(options)
+            for name in (*Limits._fields, "statistics"):
+                if name in param_group:
+                    raise ValueError(
+                        f"{name}={param_group[name]!r} of a param group: it is of the whole optimizer; "
+                        f"give it to AdamW(...) itself"
+                    )
         has_seed = isinstance(param_group, dict) and "seed" in param_group  # soon it has everything
         super().add_param_group(param_group)
         try:
@@ -132,12 +196,14 @@ class AdamW(Optimizer):
             check_storage(self.param_groups[-1], self.param_groups[-1]["params"])
             if has_seed and not self.param_groups[-1]["stochastic_rounding"]:
                 self._refuse_seed(self.param_groups[-1]["seed"])
+            _set_initial_lr(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         self._announce_amp_support()
+        if "_compiled" in self.__dict__:  # not yet in the constructor
+            self._compiled.list_params(self)
 
-    @torch._disable_dynamo  # under torch.compile, a graph break: nothing here could be fused with anything
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -157,30 +223,109 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "step() cannot be captured in a CUDA graph: the step count lives on the host. "
-                "Capture forward and backward, and call step() outside of the graph."
-            )
-
-        # Set by torch.amp.GradScaler for the duration of this call.
-        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
-        state = self._watch_state()
-        hypers = list(map(Hyper.of, self.param_groups))
-        now = (self.param_groups, hypers, state)
-        skippable = found_inf is not None
-
-        plan = self._plan
-        grads = None if plan is None else plan.gradients(*now, skippable=skippable)
-        if plan is None or grads is None:
-            self._plan = None
-            with torch.inference_mode(False):  # state must outlive a step taken in inference mode
-                self._plan = plan = Plan(*now, skippable=skippable)
-            grads = plan.gradients(*now, skippable=skippable)
-            assert grads is not None, "a plan fits what it was just built from"
-        plan.step(grads, hypers, grad_scale, found_inf)
+        if torch.compiler.is_compiling():
+            self._compiled.trace()
+        else:
+            self._step()
         return loss
+
+    # Otherwise learning rate schedulers would wrap it in a function of a file that torch.compile refuses to trace; for
+    # the same purpose as theirs, steps set _opt_called.
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+    @torch._disable_dynamo  # where torch.compile has given up on step, nothing in here should be compiled either
+    def _step(self) -> None:
+        self._opt_called = True
+        if self._release is not None:
+            self._release.refuse_scaling(self._frame()[0])
+            self._release.say_once("step")
+            return
+        plan, self._plan = self._plan, None  # none, if this step fails
+        self._plan = self._step_plan(plan, self.param_groups)
+
+    def _step_plan(
+        self,
+        plan: Plan | None,
+        groups: list[dict[str, Any]],
+        *,
+        only: Tensor | None = None,
+        numbers: Mapping[int, int] | None = None,
+    ) -> Plan:
+        """Take a step with a plan, or with a new one where that does not fit."""
+        scaling, frame = self._frame()
+        now = (groups, self._watch_state(), frame)
+        capturing = graphs.is_capturing()
+        grads = None if plan is None else plan.gradients(*now, capturing=capturing)
+        if capturing and (plan is None or grads is None or not plan.capturable):
+            graphs.refuse(groups)
+        if plan is None or grads is None:
+            self._graphs.outdated("options, parameters, gradients or state were changed")
+            with torch.inference_mode(False):  # state must outlive a step taken in inference mode
+                plan = Plan(*now, only=only, numbers=numbers)
+            if plan.capturable and only is None:
+                self._graphs.watch(plan.params)
+            grads = plan.gradients(*now)
+            assert grads is not None, "a plan fits what it was just built from"
+        plan.step(grads, self._limits, scaling, self._control_on, capturing=capturing)
+        if capturing:
+            self._graphs.add(plan, plan.params, grads)
+        return plan
+
+    def _frame(self) -> tuple[Scaling, Frame]:
+        # Set by torch.amp.GradScaler for the duration of a step.
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return scaling, Frame.of(self._limits, scaling, statistics=self.statistics)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As `torch.optim.Optimizer.zero_grad`; refused where a captured graph would go on with the old gradients."""
+        if torch.compiler.is_compiling():
+            self._compiled.zero_grad(set_to_none)
+            return
+        if self._release is not None:
+            self._release.say_once("zero_grad")
+            return
+        self._graphs.check_zero_grad(set_to_none)
+        super().zero_grad(set_to_none)
+
+    def forget_graphs(self) -> None:
+        """Free what is kept for CUDA graphs that hold steps; they must not be replayed any more."""
+        self._graphs.forget()
+
+    def _control_on(self, device: torch.device) -> Control:
+        if device not in self._controls:
+            with torch.inference_mode(False):
+                self._controls[device] = Control(device)
+        return self._controls[device]
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        return self._control().values[2] if self._limits.need_norm else None
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        return self._control().skipped
+
+    def _control(self) -> Control:
+        parts = [] if self._plan is None else self._plan.parts
+        return self._control_on(parts[0].device if parts else self.param_groups[0]["params"][0].device)
+
+    @property
+    def update_norm(self) -> Tensor | None:
+        return self._norm_of(0)
+
+    @property
+    def param_norm(self) -> Tensor | None:
+        return self._norm_of(1)
+
+    def _norm_of(self, which: int) -> Tensor | None:
+        buckets = [] if self._plan is None else self._plan.buckets
+        device = self._control().values.device
+        sums = [
+            move(bucket.statistics[..., which].sum(dtype=torch.float64), device)
+            for bucket in buckets
+            if bucket.statistics is not None
+        ]
+        return torch.stack(sums).sum().sqrt() if sums else None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later `load_state_dict` needs, in the form of `torch.optim.AdamW.state_dict`."""
@@ -248,6 +393,9 @@ class AdamW(Optimizer):
         finally:
             hook.remove()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_limits": self._limits, "statistics": self.statistics}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also how Optimizer.load_state_dict installs what it has loaded.
         super().__setstate__(state)
@@ -264,11 +412,27 @@ class AdamW(Optimizer):
                 ("master_weight_bits", None),
                 ("stochastic_rounding", False),
                 ("seed", 0),
+                ("cautious", False),
+                ("decouple_lr", False),
             ):
                 group.setdefault(name, value)
+            _set_initial_lr(group)
+        missing: dict[str, Any] = {
+            "_limits": Limits(),
+            "statistics": False,
+            "_controls": {},
+            "_graphs": graphs.Graphs(),
+            "_release": None,
+        }
+        self.__dict__.update({name: value for name, value in missing.items() if name not in self.__dict__})
+        self._graphs.outdated("state was loaded")
         checkpoint.restore(self.param_groups, self.state)
         self._watch_state()
         self._plan = None
+        if "_compiled" in self.__dict__:
+            self._compiled.list_params(self)
+        else:
+            self._compiled = CompiledStep(self)
         self._announce_amp_support()
 
     def _watch_state(self) -> State:
@@ -277,6 +441,10 @@ class AdamW(Optimizer):
         if not isinstance(state, State):
             self.state = state = State(state)  # type: ignore[assignment]  # declared a defaultdict
         return state
+
+    max_grad_norm = _limit("max_grad_norm")
+    skip_nonfinite = _limit("skip_nonfinite")
+    skip_grad_norm_above = _limit("skip_grad_norm_above")
 
     def _announce_amp_support(self) -> None:
         self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)

@@ -7,162 +7,50 @@ that would make the plan wrong: parameters, state and options are the user's to 
 
 from __future__ import annotations
 
-from array import array
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from functools import reduce
-from operator import attrgetter, is_, itemgetter, or_
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import launch
-from .checks import check_entries, check_grad, check_implementation, check_param, check_storage
-from .functional import step_tensor, step_tensor_reference
-from .layout import is_dense, same_strides
-from .scalars import Hyper, Scalars, device_scalars, host_scalars
+from . import reference
+from .bucket import Bucket, Item
+from .checks import check_implementation, check_storage
+from .control import Control, Limits, Scaling, move
+from .layout import is_dense
+from .part import Part
+from .scalars import Hyper
 from .state import State
-from .storage import Policy, Rounding, Storage, TensorState
+from .storage import Policy
 
-_ALIGNMENT = 16  # bytes of the widest access
 # The options that a plan is built for; all others are read at every step.
-_structural_of = itemgetter("foreach", "amsgrad", "maximize", "capturable", "differentiable", *Policy._fields)
+_structural_of = itemgetter(
+    "foreach", "amsgrad", "maximize", "capturable", "differentiable", "cautious", "decouple_lr", *Policy._fields
+)
+_values_of = itemgetter("lr", "betas", "eps", "weight_decay")
+_params_of = itemgetter("params")
 _grad_of = attrgetter("grad")
 
 
-class _Key(NamedTuple):
-    """What the tensors of one bucket have in common."""
+class Frame(NamedTuple):
+    """What a plan is built for besides the param groups.
 
-    group: int
-    wave: int  # parameters that share memory are stepped one after the other
-    device: torch.device
-    step: float  # updates so far
-    form: str  # "table", "tensors" or "reference"
-    storage: Storage
-    aligned: bool
+    Attributes:
+        need_norm: whether steps need the norm of all gradients.
+        skippable: whether the device decides whether a step is taken.
+        statistics: whether norms of update and parameters are wanted.
+    """
 
+    need_norm: bool
+    skippable: bool
+    statistics: bool
 
-class _Item:
-    """One parameter with a gradient."""
-
-    def __init__(self, param: Tensor, grad: Tensor, entries: dict[str, Any], group: int, number: int) -> None:
-        self.param = param
-        self.grad = grad
-        self.entries = entries
-        self.group = group
-        self.number = number  # among all parameters: the stream of its random bits
-        self.wave = 0
-
-    def check(self) -> None:
-        check_param(self.param)
-        check_grad(self.param, self.grad)
-        check_entries(self.param, self.entries)
-
-    def key(self, group: Mapping[str, Any], step: float) -> _Key:
-        state = TensorState.of(self.entries, group["amsgrad"])
-        like_param = (self.param, self.grad, *(tensor for tensor in state[:4] if tensor is not None))
-        walkable = (
-            is_dense(self.param)
-            and same_strides(self.param, self.grad)
-            and not self.param.is_complex()
-            and not self.grad.is_neg()
-            and (state.max_exp_avg_sq is None or state.max_exp_avg_sq.dtype == state.exp_avg_sq.dtype)
-        )
-        if not launch.has_kernels(self.param.device):
-            form = "reference"
-        else:
-            form = "table" if walkable and group["foreach"] is not False else "tensors"
-        return _Key(
-            group=self.group,
-            wave=self.wave,
-            device=self.param.device,
-            step=step,
-            form=form,
-            storage=Storage.of(self.param, self.grad, state, stochastic=group["stochastic_rounding"]),
-            aligned=reduce(or_, (t.data_ptr() for t in like_param)) % _ALIGNMENT == 0,
-        )
-
-
-class _Bucket:
-    """Tensors that one launch steps, and the step count that they share."""
-
-    def __init__(self, key: _Key, items: list[_Item], group: Mapping[str, Any], on_device: bool) -> None:
-        self.key = key
-        self.params = [item.param for item in items]
-        self.states = [TensorState.of(item.entries, group["amsgrad"]) for item in items]
-        self.maximize = group["maximize"]
-        self.roundings = None
-        if key.storage.stochastic:
-            self.roundings = [Rounding(group["seed"], item.number) for item in items]
-        self.on_device = on_device and key.form != "reference"
-        # One vector holds the step counts, so that one operation counts for all.
-        device = key.device if self.on_device else "cpu"
-        self.steps = torch.full((len(items),), key.step, dtype=torch.float32, device=device)
-        for item, step in zip(items, self.steps.unbind(), strict=True):
-            item.entries["step"] = step
-        self.steps_version = self.steps._version
-        self.step_count = key.step
-        self.table = None
-        if key.form == "table":
-            grads = [item.grad for item in items]
-            self.table = launch.Table.of(self.params, grads, self.states, aligned=key.aligned, roundings=self.roundings)
-
-    def set_grad_addresses(self, addresses: Tensor) -> None:
-        if self.table is not None:
-            if self.key.device.type == "cuda":
-                addresses = addresses.pin_memory()  # from pageable memory, the copy would wait for the device
-            self.table.grads.copy_(addresses, non_blocking=True)
-
-    def step(self, grads: Sequence[Tensor], hyper: Hyper, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if grad_scale is not None:
-            grad_scale = grad_scale.to(self.key.device, non_blocking=True)
-        if found_inf is not None:
-            found_inf = found_inf.to(self.key.device, non_blocking=True)
-        scalars: Scalars | Tensor
-        if self.on_device:
-            self.steps.add_(1)
-            scalars = device_scalars(hyper, self.steps[0])
-            if found_inf is not None:
-                self.steps.sub_(found_inf)
-        else:
-            if found_inf is not None and found_inf.item():
-                return
-            self.steps.add_(1)
-            self.step_count += 1
-            scalars = host_scalars(hyper, self.step_count)
-        self.steps_version = self.steps._version
-
-        roundings: Sequence[Rounding | None] = self.roundings or [None] * len(self.params)
-        if self.key.form == "reference":
-            for param, grad, state, rounding in zip(self.params, grads, self.states, roundings, strict=True):
-                step_tensor_reference(
-                    param,
-                    grad,
-                    state,
-                    hyper,
-                    self.step_count,
-                    maximize=self.maximize,
-                    grad_scale=grad_scale,
-                    rounding=rounding,
-                )
-            return
-        if self.table is not None:
-            launch.launch_table(self.table, scalars, maximize=self.maximize, grad_scale=grad_scale, found_inf=found_inf)
-        else:
-            for param, grad, state, rounding in zip(self.params, grads, self.states, roundings, strict=True):
-                step_tensor(
-                    param,
-                    grad,
-                    state,
-                    scalars,
-                    maximize=self.maximize,
-                    grad_scale=grad_scale,
-                    found_inf=found_inf,
-                    rounding=rounding,
-                )
-        # Autograd does not see what a kernel writes.
-        torch.autograd.graph.increment_version(self.params)
+    @classmethod
+    def of(cls, limits: Limits, scaling: Scaling, *, statistics: bool) -> Frame:
+        return cls(limits.need_norm, scaling.given or limits.skip_above is not None, statistics)
 
 
 class Plan:
@@ -172,29 +60,44 @@ class Plan:
 
     Args:
         groups: the optimizer's param groups.
-        hypers: `Hyper.of` each group.
         state: the optimizer's state, filled in for parameters at their first update.
-        skippable: whether `found_inf` will be given, so that only the device can count steps.
+        frame: what else the steps are taken with.
+        only: one parameter, of the first group, to step alone.
+        numbers: of each parameter among all, by its id, if these are not all.
     """
 
     def __init__(
-        self, groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper], state: State, *, skippable: bool
+        self,
+        groups: Sequence[dict[str, Any]],
+        state: State,
+        frame: Frame,
+        *,
+        only: Tensor | None = None,
+        numbers: Mapping[int, int] | None = None,
     ) -> None:
-        self.structure = _structure(groups, hypers, skippable)
-        self.group_params = [list(group["params"]) for group in groups]
-        everything = {id(param): param for params in self.group_params for param in params}
-        numbers = {id(param): number for number, param in enumerate(everything.values())}
+        self.frame, self.only = frame, only
+        self.structure = list(map(_structural_of, groups))
+        self._read_values(groups)
+        self.hypers_on_device = any(hyper.on_device for hyper in self.hypers)
+        self.capturable = any(group["capturable"] for group in groups)
+        params_of_groups = [list(group["params"]) if only is None else [only] for group in groups]
+        self.sizes = list(map(len, params_of_groups))
+        self.group_params = list(chain.from_iterable(params_of_groups))
+        everything = {id(param): param for param in self.group_params}
+        numbers = numbers or {key: number for number, key in enumerate(everything)}
         self.without_grad = [param for param in everything.values() if param.grad is None]
 
         items = [
-            _Item(param, param.grad, state.get(param, {}), index, numbers[id(param)])
-            for index, group in enumerate(groups)
-            for param in group["params"]
+            Item(param, param.grad, state.get(param, {}), index, numbers[id(param)])
+            for index, params in enumerate(params_of_groups)
+            for param in params
             if param.grad is not None and everything.pop(id(param), None) is not None  # a duplicate steps once
         ]
-        for group in groups:  # whose options and parameters may have changed since they were checked
+        for group, params in zip(
+            groups, params_of_groups, strict=True
+        ):  # which may have changed since they were checked
             check_implementation(group)
-            check_storage(group, group["params"])
+            check_storage(group, params)
         for item in items:
             item.check()
         for item in items:
@@ -203,22 +106,32 @@ class Plan:
             Policy.of(group).complete(item.param, item.entries, amsgrad=group["amsgrad"])
         _separate_shared_memory(items)
 
-        by_key: dict[_Key, list[_Item]] = defaultdict(list)
-        for item, step in zip(items, _read_steps(items), strict=True):
-            by_key[item.key(groups[item.group], step)].append(item)
-        for key in [key for key, members in by_key.items() if len(members) == 1 and key.form == "table"]:
-            # A table is for several tensors, unless it was asked for.
-            if groups[key.group]["foreach"] is None:
-                by_key[key._replace(form="tensors")] += by_key.pop(key)
-        self.buckets = [
-            _Bucket(key, by_key[key], groups[key.group], skippable or hypers[key.group].on_device)
-            for key in sorted(by_key, key=lambda key: (key.wave, key.group))
+        steps = dict(zip(items, _read_steps(items), strict=True))
+        by_device: dict[torch.device, list[Item]] = defaultdict(list)
+        for item in items:
+            by_device[item.param.device].append(item)
+        self.parts = [
+            Part(
+                members,
+                [steps[item] for item in members],
+                groups,
+                self.hypers,
+                need_norm=frame.need_norm,
+                count_on_device=frame.skippable or self.capturable or self.hypers_on_device,
+                capturable=self.capturable,
+                statistics=frame.statistics,
+            )
+            for members in by_device.values()
         ]
-        items = [item for bucket_key in (bucket.key for bucket in self.buckets) for item in by_key[bucket_key]]
+        self._remember([item for part in self.parts for item in part.items], state)
 
-        # What `gradients` compares with.
+    def _remember(self, items: Sequence[Item], state: State) -> None:
+        """What `gradients` compares with."""
         self.changes = state.changes
-        self.changes.seen = True
+        if self.only is None:
+            self.changes.seen = True
+        else:
+            self.entries = list(state[self.only].values())
         self.first_moments = [tensor for bucket in self.buckets for tensor in bucket.states[0].tensors]
         self.first_moment_addresses = list(map(Tensor.data_ptr, self.first_moments))
         self.params = [item.param for item in items]
@@ -238,26 +151,46 @@ class Plan:
         # Only the imaginary part of a conjugate is negated lazily: every other element of something.
         self.may_be_neg = [i for i, g in enumerate(grads) if g.numel() < 2 or not g.is_contiguous()]
         self.grad_neg = [grads[i].is_neg() for i in self.may_be_neg]
+        # The norm walks through memory: gradients with gaps take part as copies.
+        self.may_have_gaps = [i for i, g in enumerate(grads) if self.frame.need_norm and not g.is_contiguous()]
+        self.copies: list[Tensor] = []
+
+    def _read_values(self, groups: Sequence[dict[str, Any]]) -> None:
+        self.values = list(map(_values_of, groups))
+        self.hypers = list(map(Hyper.of, groups))
+        # Neither the values of tensors nor those in a list are seen by comparing with what they were.
+        self.volatile = any(
+            type(betas) is not tuple or any(isinstance(value, Tensor) for value in (lr, weight_decay, *betas))
+            for lr, betas, _, weight_decay in self.values
+        )
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return [bucket for part in self.parts for bucket in part.buckets]
 
     def gradients(
-        self, groups: Sequence[dict[str, Any]], hypers: Sequence[Hyper], state: State, *, skippable: bool
+        self, groups: Sequence[dict[str, Any]], state: State, frame: Frame, *, capturing: bool = False
     ) -> list[Tensor] | None:
         """The gradients to step with, in the order of the buckets, or None if the plan no longer fits."""
         params = self.params
         if (
-            _structure(groups, hypers, skippable) != self.structure
-            or not all(_same(group["params"], known) for group, known in zip(groups, self.group_params, strict=True))
-            or state.changes is not self.changes
-            or not self.changes.seen
+            frame != self.frame
+            or list(map(_structural_of, groups)) != self.structure
+            or (self.only is None and not self._same_params(groups))
+            or not self._same_state(state)
             # Offloading code re-points every state at once: the first of each bucket tells.
             or list(map(Tensor.data_ptr, self.first_moments)) != self.first_moment_addresses
-            or any(bucket.steps._version != bucket.steps_version for bucket in self.buckets)
+            or any(part.rows.steps._version != part.rows.version for part in self.parts)
             or list(map(Tensor.data_ptr, params)) != self.param_addresses
             or list(map(Tensor.numel, params)) != self.param_numels
             or list(map(Tensor.stride, self.squares)) != self.square_strides
             or any(param.grad is not None for param in self.without_grad)
         ):
             return None
+        if self.volatile or list(map(_values_of, groups)) != self.values:
+            self._read_values(groups)
+            if any(hyper.on_device for hyper in self.hypers) != self.hypers_on_device:
+                return None
         grads = list(map(_grad_of, params))
         try:
             addresses = list(map(Tensor.data_ptr, grads))
@@ -271,51 +204,87 @@ class Plan:
             or (self.may_be_neg and [grads[i].is_neg() for i in self.may_be_neg] != self.grad_neg)
         ):
             return None
-        if addresses != self.grad_addresses and not self._take_addresses(grads, addresses):
+        if self.may_have_gaps:
+            self.copies = []
+            for i in self.may_have_gaps:
+                if not is_dense(grads[i]):
+                    self.copies.append(grads[i].contiguous())
+                    addresses[i] = self.copies[-1].data_ptr()
+        if (capturing or addresses != self.grad_addresses) and not self._take_addresses(grads, addresses, capturing):
             return None
         return grads
 
-    def _take_addresses(self, grads: list[Tensor], addresses: list[int]) -> bool:
+    def _same_params(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Whether the groups hold the same objects. `==` would compare the tensors' elements."""
+        params = list(map(_params_of, groups))
+        return list(map(len, params)) == self.sizes and all(map(is_, chain.from_iterable(params), self.group_params))
+
+    def _same_state(self, state: State) -> bool:
+        """Whether no entry has been replaced."""
+        if self.only is None:
+            return state.changes is self.changes and self.changes.seen
+        entries = state.get(self.only, {})
+        return len(entries) == len(self.entries) and all(map(is_, entries.values(), self.entries))
+
+    def _take_addresses(self, grads: list[Tensor], addresses: list[int], capturing: bool) -> bool:
         """Use gradients that lie elsewhere; False if they are not like the ones before."""
         if list(map(Tensor.numel, grads)) != self.param_numels:
             return False
-        uploads = torch.frombuffer(array("q", addresses), dtype=torch.int64)
-        slices = list(_slices(self.buckets))
-        if any(bucket.key.aligned and (uploads[part] % _ALIGNMENT).any() for bucket, part in slices):
-            return False
-        for bucket, part in slices:
-            if addresses[part] != self.grad_addresses[part]:
-                bucket.set_grad_addresses(uploads[part])
+        for part, its in self._slices():
+            moved = capturing or addresses[its] != self.grad_addresses[its]
+            if moved and not part.take_addresses(addresses[its], capturing=capturing):
+                return False
         self.grad_addresses = addresses
         return True
 
     def step(
-        self, grads: list[Tensor], hypers: Sequence[Hyper], grad_scale: Tensor | None, found_inf: Tensor | None
+        self,
+        grads: list[Tensor],
+        limits: Limits,
+        scaling: Scaling,
+        control_on: Callable[[torch.device], Control],
+        *,
+        capturing: bool = False,
     ) -> None:
-        """Step every bucket, with gradients from `gradients`."""
-        for bucket, part in _slices(self.buckets):
-            bucket.step(grads[part], hypers[bucket.key.group], grad_scale, found_inf)
+        """Step everything, with gradients from `gradients`.
+
+        Args:
+            limits: of this step.
+            scaling: of the gradients.
+            control_on: the optimizer's control on a device.
+            capturing: whether a CUDA graph is being captured.
+        """
+        need_norm = self.frame.need_norm
+        if need_norm and self.parts:
+            self._decide(grads, limits, scaling, control_on)
+        for part, its in self._slices():
+            control = control_on(part.device) if need_norm or scaling.given else None
+            part.step(grads[its], self.hypers, scaling, control, known=need_norm, capturing=capturing)
+
+    def _decide(
+        self, grads: list[Tensor], limits: Limits, scaling: Scaling, control_on: Callable[[torch.device], Control]
+    ) -> None:
+        """The norm of all gradients, and what follows from it, on every device."""
+        first = self.parts[0]
+        if len(self.parts) == 1 and first.has_kernels:
+            first.write_control(control_on(first.device), limits, scaling)
+            return
+        sums = [move(part.sum_of_squares(grads[its]), first.device) for part, its in self._slices()]
+        values = reference.gradient_control(
+            torch.stack(sums).sum(), *scaling.to(first.device), limits.max_grad_norm, limits.skip_above
+        )
+        for part in self.parts:
+            control_on(part.device).set(values)
+
+    def _slices(self) -> list[tuple[Part, slice]]:
+        slices, start = [], 0
+        for part in self.parts:
+            slices.append((part, slice(start, start + len(part.items))))
+            start += len(part.items)
+        return slices
 
 
-def _structure(groups: Sequence[Mapping[str, Any]], hypers: Sequence[Hyper], skippable: bool) -> list[Any]:
-    return [skippable] + [(_structural_of(group), hyper.on_device) for group, hyper in zip(groups, hypers, strict=True)]
-
-
-def _same(items: Any, known: list[Any]) -> bool:
-    """Whether two sequences are the same objects. `==` would compare the tensors' elements."""
-    items = list(items)
-    return len(items) == len(known) and all(map(is_, items, known))
-
-
-def _slices(buckets: Sequence[_Bucket]) -> Any:
-    start = 0
-    for bucket in buckets:
-        end = start + len(bucket.params)
-        yield bucket, slice(start, end)
-        start = end
-
-
-def _read_steps(items: Sequence[_Item]) -> list[float]:
+def _read_steps(items: Sequence[Item]) -> list[float]:
     """Step counts, with one synchronisation for each device that holds some."""
     steps = [torch.as_tensor(item.entries["step"], dtype=torch.float32).reshape(()) for item in items]
     values = [0.0] * len(steps)
@@ -326,7 +295,7 @@ def _read_steps(items: Sequence[_Item]) -> list[float]:
     return values
 
 
-def _separate_shared_memory(items: Sequence[_Item]) -> None:
+def _separate_shared_memory(items: Sequence[Item]) -> None:
     """Give parameters that share memory different waves, in their order: in one launch they would race."""
     by_device: dict[torch.device, list[tuple[int, int, int]]] = defaultdict(list)
     for order, param in enumerate(item.param for item in items):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -22,9 +23,12 @@ def adamw_(
     beta2: float,
     eps: float,
     weight_decay: float,
+    decay_lr: float = 1.0,
     maximize: bool = False,
-    grad_scale: Tensor | None = None,
+    cautious: bool = False,
+    grad_factor: Tensor | None = None,
     rounding: Rounding | None = None,
+    statistics: Tensor | None = None,
 ) -> None:
     """Update number `step` (1 is the first) of one real parameter and its state, in place.
 
@@ -35,8 +39,12 @@ def adamw_(
     Args:
         param, grad, and moments with floating dtypes: same shape, any strides. grad is not modified.
         state: a master, 8-bit moments and `rounding` need all of them flat.
-        grad_scale: one-element tensor that the gradient is divided by, as torch.amp.GradScaler passes it.
+        decay_lr: weight_decay is multiplied by lr / decay_lr.
+        cautious: decay only where that moves the parameter as the update does.
+        grad_factor: 0-d tensor that the gradient is multiplied by.
         rounding: stochastic where it is given.
+        statistics: two elements, set to the sums of squares of the parameter's change and of the new parameter, before
+            they are rounded.
     """
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     p, m, v = (
@@ -47,13 +55,15 @@ def adamw_(
     largest = None if state.max_exp_avg_sq is None else state.max_exp_avg_sq.to(dtype)
     second_moment = v
     g = grad.to(dtype)
-    if grad_scale is not None:
-        g = g / grad_scale.to(dtype).reshape(())
+    if grad_factor is not None:
+        g = g * grad_factor.to(dtype)
     if maximize:
         g = -g
 
-    if weight_decay != 0:
-        p.mul_(1 - lr * weight_decay)
+    old = None if statistics is None else p.clone()
+    decay = 1 - lr * weight_decay / decay_lr
+    if weight_decay != 0 and not cautious:
+        p.mul_(decay)
     m.lerp_(g, 1 - beta1)
     v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     if largest is not None:
@@ -61,7 +71,11 @@ def adamw_(
     bias_correction1 = 1 - beta1**step
     bias_correction2 = 1 - beta2**step
     denominator = (second_moment.sqrt() / bias_correction2**0.5).add_(eps)
+    if cautious:
+        p.mul_(torch.where(m / denominator * p >= 0, decay, 1.0))
     p.addcdiv_(m, denominator, value=-lr / bias_correction1)
+    if statistics is not None and old is not None:
+        statistics.copy_(torch.stack([value.double().square().sum() for value in (p - old, p)]))
 
     of_param, of_exp_avg, of_exp_avg_sq = (None,) * 3 if rounding is None else storage.noise(rounding, int(step), p)
     _store_param(param, state, p, of_param)
@@ -69,6 +83,41 @@ def adamw_(
     _store("exp_avg_sq", state, v, of_exp_avg_sq)
     if state.max_exp_avg_sq is not None and largest is not None:
         _write(state.max_exp_avg_sq, largest, of_exp_avg_sq)
+
+
+def gradient_control(
+    sum_of_squares: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    max_grad_norm: float | None,
+    skip_grad_norm_above: float | None,
+) -> Tensor:
+    """Factor for the gradients, flag to skip the step, and norm: what kernels/grad_norm.py computes.
+
+    Args:
+        sum_of_squares: 0-d float64, of all gradients; the other tensors are on its device.
+        grad_scale: one-element tensor that all gradients are divided by.
+        found_inf: one-element tensor; not 0 where the step is to be skipped.
+        max_grad_norm: largest norm to step with; larger ones are scaled down to it.
+        skip_grad_norm_above: skip a step with a larger norm, and one whose norm is not finite.
+
+    Returns:
+        float64 [3]; the norm is NaN without `sum_of_squares`.
+    """
+    given = next(t for t in (sum_of_squares, grad_scale, found_inf) if t is not None)
+    factor, skip, norm = (torch.full((), x, dtype=torch.float64, device=given.device) for x in (1.0, 0.0, math.nan))
+    if grad_scale is not None:
+        factor = 1 / grad_scale.double().reshape(())
+    if found_inf is not None:
+        skip = (found_inf != 0).double().reshape(())
+    if sum_of_squares is not None:
+        norm = sum_of_squares.sqrt() * factor
+        if max_grad_norm is not None:
+            factor = factor * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        if skip_grad_norm_above is not None:
+            fits = (norm <= skip_grad_norm_above) & (norm < math.inf)
+            skip = torch.maximum(skip, (~fits).double())
+    return torch.stack((factor, skip, norm))
 
 
 def _load_param(param: Tensor, state: TensorState) -> Tensor:

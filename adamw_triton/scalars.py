@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Hyper(NamedTuple):
-    """Hyper-parameters of one group: Python floats, or 0-d tensors where their values live on a device."""
+    """Hyper-parameters of one group: numbers, or one-element tensors."""
 
     lr: float | Tensor
     beta1: float | Tensor
     beta2: float | Tensor
     eps: float
-    weight_decay: float
+    weight_decay: float | Tensor
+    decay_lr: float = 1.0  # weight decay is multiplied by lr / decay_lr
 
     @classmethod
-    def of(cls, group: dict) -> Hyper:
-        """Read a param group; 0-d tensors on the CPU are read now, those on a device are left there."""
-
-        def read(value: float | Tensor) -> float | Tensor:
-            return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
-
+    def of(cls, group: Mapping[str, Any]) -> Hyper:
+        """Of a param group; the tensors themselves, whose values may change in place."""
         beta1, beta2 = group["betas"]
-        return cls(read(group["lr"]), read(beta1), read(beta2), float(group["eps"]), float(group["weight_decay"]))
+        decay_lr = float(group["initial_lr"]) if group.get("decouple_lr") else 1.0
+        return cls(group["lr"], beta1, beta2, float(group["eps"]), group["weight_decay"], decay_lr)
 
     @property
     def on_device(self) -> bool:
         """Whether reading the values on the host would synchronise with a device."""
-        return any(isinstance(value, Tensor) for value in self)
+        return any(isinstance(value, Tensor) and value.device.type != "cpu" for value in self)
 
 
 class Scalars(NamedTuple):
@@ -48,9 +47,9 @@ class Scalars(NamedTuple):
 
 def host_scalars(hyper: Hyper, step: float) -> Scalars:
     """Scalars of update number `step` >= 1; hyper-parameters on a device are read, which synchronises."""
-    lr, beta1, beta2, eps, weight_decay = map(float, hyper)
+    lr, beta1, beta2, eps, weight_decay, decay_lr = map(float, hyper)
     return Scalars(
-        decay=1 - lr * weight_decay,
+        decay=1 - lr * weight_decay / decay_lr,
         lerp_weight=1 - beta1 if beta1 > 0.5 else -beta1,
         beta2=beta2,
         one_minus_beta2=1 - beta2,
@@ -61,33 +60,27 @@ def host_scalars(hyper: Hyper, step: float) -> Scalars:
     )
 
 
-def device_scalars(hyper: Hyper, step: Tensor) -> Tensor:
-    """The same as a float64 row on the device of `step`, without a synchronisation.
+def scalar_rows(hypers: Tensor, steps: Tensor) -> Tensor:
+    """`host_scalars` of many, and the specification of kernels/scalars.py.
 
     Args:
-        hyper: hyper-parameters; tensors may be on that device or on the CPU.
-        step: 0-d, number of this update, on the device that the row is for.
+        hypers: float64 [n, 6], in the order of `Hyper`.
+        steps: float64 [n], numbers of the updates.
 
     Returns:
-        float64 tensor of shape [8], in the order of `Scalars`.
+        float64 [n, 8], in the order of `Scalars`.
     """
-
-    def double(value: float | Tensor) -> Tensor:
-        if isinstance(value, Tensor):
-            return value.detach().to(step.device, torch.float64, non_blocking=True).reshape(())
-        return torch.full((), value, dtype=torch.float64, device=step.device)
-
-    lr, beta1, beta2, eps, weight_decay = map(double, hyper)
-    t = step.to(torch.float64)
+    lr, beta1, beta2, eps, weight_decay, decay_lr = hypers.unbind(1)
     return torch.stack(
         (
-            1 - lr * weight_decay,
+            1 - lr * weight_decay / decay_lr,
             torch.where(beta1 > 0.5, 1 - beta1, -beta1),
             beta2,
             1 - beta2,
-            -lr / (1 - beta1**t),
-            (1 - beta2**t) ** -0.5,
+            -lr / (1 - beta1**steps),
+            (1 - beta2**steps) ** -0.5,
             eps,
-            t,
-        )
+            steps,
+        ),
+        dim=1,
     )

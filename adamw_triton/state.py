@@ -8,12 +8,15 @@ from typing import Any
 
 
 class Changes:
-    """Whether all changes of some dicts have been seen; they make it False, who looks makes it True."""
+    """Whether all changes of some dicts have been seen: by the plan, and by the step under torch.compile.
 
-    __slots__ = ("seen",)
+    The dicts make it False, who looks makes it True.
+    """
+
+    __slots__ = ("seen", "seen_compiled")
 
     def __init__(self) -> None:
-        self.seen = False
+        self.seen = self.seen_compiled = False
 
 
 class ParamState(dict):
@@ -49,7 +52,7 @@ class State(dict):
 
 def _noting(method: Callable[..., Any]) -> Callable[..., Any]:
     def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self.changes.seen = False
+        self.changes.seen = self.changes.seen_compiled = False
         return method(self, *args, **kwargs)
 
     return noted

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,13 +105,13 @@ def paths(listing: Listing) -> Iterator[list[Instruction]]:
             raise ValueError(f"more than {MAX_PATHS} paths")
 
 
-def full_block_path(listing: Listing, stored_bytes: int, scales: int = 0) -> list[Instruction]:
+def full_block_path(listing: Listing, stored_bytes: int, by_one: Sequence[int] = ()) -> list[Instruction]:
     """The instructions that a thread of a full block executes.
 
     Args:
         stored_bytes: what it stores of the tensors.
-        scales: how many 4-byte scales are stored on top, which one thread of a group does: with a predicate, or
-            (AMD) at an address that masks the others.
+        by_one: bytes of what one thread of several stores on top, like scales: with a predicate, or (AMD) at an
+            address that masks the others.
 
     Raises:
         ValueError: no path stores that without other predicates.
@@ -124,9 +124,9 @@ def full_block_path(listing: Listing, stored_bytes: int, scales: int = 0) -> lis
         predicated = [i for i in accesses(path) if i.predicated]
         stored = sum(i.bytes for i in path if i.is_store)
         return (
-            stored == stored_bytes + 4 * scales
-            and len(predicated) <= scales
-            and all(i.is_store and i.bytes == 4 for i in predicated)
+            stored == stored_bytes + sum(by_one)
+            and len(predicated) <= len(by_one)
+            and all(i.is_store and i.bytes in by_one for i in predicated)
         )
 
     candidates = [path for path in paths(listing) if fits(path)]

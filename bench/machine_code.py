@@ -13,7 +13,7 @@ accesses (AMD masks by address, so the tail is no more predicated), and of these
 *Instructions* are all that one thread executes on that path: prologue and exit included, predicated or not.
 
 *Loads* on that path are of a tensor if the address depends on the index of the thread, and uniform if not: the
-table, the scalars, grad_scale, found_inf. On AMD the latter are scalar loads, which are not listed.
+table, the scalars, factor and flag. On AMD the latter are scalar loads, which are not listed.
 
 Calls, barriers, shared memory and spills are counted in the whole kernel, its tail included.
 
@@ -57,6 +57,9 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 KERNELS = ("tensor", "table")
 
 
+FLAGS = ("amsgrad", "maximize", "control", "statistics", "cautious", "scalars_row", "rows", "stochastic")
+
+
 @dataclass(frozen=True)
 class Variant:
     """One compilation of one kernel."""
@@ -66,14 +69,17 @@ class Variant:
     dtypes: tuple[str, str, str, str]  # param, grad, exp_avg, exp_avg_sq
     amsgrad: bool = False
     maximize: bool = False
-    amp: bool = False  # with grad_scale and found_inf
+    control: bool = False  # factor and flag in memory: clipping, unscaling, skipping
+    statistics: bool = False  # sums of squares of update and parameter
+    cautious: bool = False
     scalars_row: bool = False  # scalars in memory
+    rows: bool = False  # a row of them for each tensor of a table
     aligned: bool = True  # all tensors to 16 bytes
     master: str | None = None  # int16 or int8 remainder, or fp32 master
     stochastic: bool = False
 
     def __str__(self) -> str:
-        flags = [flag for flag in ("amsgrad", "maximize", "amp", "scalars_row", "stochastic") if getattr(self, flag)]
+        flags = [flag for flag in FLAGS if getattr(self, flag)]
         if self.master is not None:
             flags.append(f"master_{self.master}")
         return "-".join([self.target, self.kernel, *self.dtypes, *flags, *([] if self.aligned else ["unaligned"])])
@@ -213,8 +219,15 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
 def compile_variant(variant: Variant) -> Compiled:
     param, grad, exp_avg, exp_avg_sq = (DTYPES[name] for name in variant.dtypes)
     numbers = len(Scalars._fields)
-    scalars = torch.zeros(numbers, dtype=torch.float64) if variant.scalars_row else Scalars(*[0.5] * numbers)
-    one = torch.ones(()) if variant.amp else None
+    scalars: Any = torch.zeros(numbers, dtype=torch.float64) if variant.scalars_row else Scalars(*[0.5] * numbers)
+    if variant.rows:
+        scalars = torch.zeros(1, numbers, dtype=torch.float64)
+    options: dict[str, Any] = {
+        "maximize": variant.maximize,
+        "cautious": variant.cautious,
+        "control": torch.zeros(3, dtype=torch.float64) if variant.control else None,
+        "statistics": launch.statistics_like(1, torch.device("cpu")) if variant.statistics else None,
+    }
 
     def tensor(dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(16, dtype=dtype)[0 if variant.aligned else 1 :]
@@ -234,8 +247,9 @@ def compile_variant(variant: Variant) -> Compiled:
                 aligned=variant.aligned,
                 seed=1,
                 configuration=launch.configuration_of(*storage.dtypes),
+                has_rows=variant.rows,
             )
-            launch.launch_table(table, scalars, maximize=variant.maximize, grad_scale=one, found_inf=one)
+            launch.launch_table(table, scalars, **options)
         else:
             state = TensorState(
                 tensor(exp_avg),
@@ -245,16 +259,7 @@ def compile_variant(variant: Variant) -> Compiled:
                 tensor(torch.float32) if exp_avg == torch.int8 else None,
                 tensor(torch.float32) if exp_avg_sq == torch.uint8 else None,
             )
-            launch.launch_tensor(
-                tensor(param),
-                tensor(grad),
-                state,
-                scalars,
-                maximize=variant.maximize,
-                grad_scale=one,
-                found_inf=one,
-                rounding=rounding,
-            )
+            launch.launch_tensor(tensor(param), tensor(grad), state, scalars, rounding=rounding, **options)
     return compiled[0]
 
 
@@ -262,16 +267,16 @@ def compile_variant(variant: Variant) -> Compiled:
 
 
 def analyse(
-    listing: Listing, *, threads: int, elements: int, stored_bytes: int, scales: int = 0, **resources: int
+    listing: Listing, *, threads: int, elements: int, stored_bytes: int, by_one: Sequence[int] = (), **resources: int
 ) -> MachineCode:
     """Count in a listing.
 
     Args:
-        stored_bytes: per thread of a full block, without scales.
-        scales: how many moments have scales.
+        stored_bytes: per thread of a full block.
+        by_one: bytes of what one thread of several stores on top.
         resources: `registers`, `shared_bytes`, `local_bytes`, `spills`.
     """
-    path = full_block_path(listing, stored_bytes, scales)
+    path = full_block_path(listing, stored_bytes, by_one)
     tensor, uniform = split_accesses(path)
 
     def count(instructions: list[Instruction], pattern: str) -> int:
@@ -304,7 +309,7 @@ def examine(variant: Variant) -> MachineCode:
         threads=threads,
         elements=elements,
         stored_bytes=stored_bytes,
-        scales=variant.scales,
+        by_one=[4] * variant.scales + [16] * variant.statistics,
         **resources,
     )
 

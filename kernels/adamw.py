@@ -19,14 +19,19 @@ in double precision, because a Python float reaches a compiled kernel as fp32:
     eps                         ε
     step                        t, which only stochastic rounding needs
 
-or as one float64 row of memory (`scalars_ptr`), in that order: for float64 parameters, which need more
-than fp32, and where only the device knows them.
+or as a float64 row of memory (`scalars_ptr`), in that order: for float64 parameters, which need more than
+fp32, where only the device knows them (kernels/scalars.py), and where the tensors of one launch differ in them.
+
+What is decided over the gradients of the whole model (clipping, unscaling, skipping) arrives as one factor
+and one flag in memory (`control_ptr`, from kernels/grad_norm.py).
 """
 
 import triton
 import triton.language as tl
 
 from . import storage
+
+STATISTICS_ROWS: tl.constexpr = tl.constexpr(16)  # of eight threads each, of 128
 
 
 @triton.jit
@@ -84,9 +89,13 @@ def _adamw_update(
     max_exp_avg_sq,
     scalars,
     AMSGRAD: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
     APPROXIMATE: tl.constexpr,
 ):
-    """The formula, on registers. Explicit fma: the same bits whatever the compiler may contract."""
+    """The formula, on registers. Explicit fma: the same bits whatever the compiler may contract.
+
+    CAUTIOUS: decay only where that moves the parameter as the update does (https://arxiv.org/abs/2510.12402).
+    """
     decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps = scalars
     # torch's lerp_: from the nearer end, so that β1 = 0 gives exactly grad, and inf - inf the same NaN.
     nearer = tl.where(lerp_weight > 0.0, exp_avg, grad)
@@ -99,8 +108,43 @@ def _adamw_update(
         second_moment = max_exp_avg_sq
     root = _sqrt(second_moment, APPROXIMATE)
     denominator = tl.fma(root, inv_bias_correction2_sqrt, eps)
-    param = tl.fma(_divide(exp_avg, denominator, APPROXIMATE), neg_step_size, param * decay)
+    update = _divide(exp_avg, denominator, APPROXIMATE)
+    if CAUTIOUS:
+        decay = tl.where(update * param >= 0.0, decay, 1.0)
+    param = tl.fma(update, neg_step_size, param * decay)
     return param, exp_avg, exp_avg_sq, max_exp_avg_sq, root
+
+
+@triton.jit
+def _row_sums(value, mask, FOLD: tl.constexpr):
+    """Sums of squares of rows of FOLD elements, to which the others of the block are added; given to each element."""
+    ROWS: tl.constexpr = STATISTICS_ROWS
+    if mask is not None:
+        value = tl.where(mask, value, 0.0)
+    squares = tl.sum(tl.reshape(value * value, (value.shape[0] // FOLD, FOLD)), axis=0)
+    sums = tl.expand_dims(tl.sum(tl.reshape(squares, (ROWS, FOLD // ROWS)), axis=1), 1)
+    return tl.reshape(tl.broadcast_to(sums, (ROWS, FOLD // ROWS)), (FOLD,)).to(tl.float32)
+
+
+@triton.jit
+def _store_statistics(statistics_ptr, change, param, mask, WIDTH: tl.constexpr):
+    """Store sums of squares of both, twice in each row.
+
+    A thread has WIDTH consecutive elements: what those of the first thread of a row store are the 16 bytes that it
+    writes, so that nothing moves between threads but sums within a row. Eight elements are halves of the numbers then.
+    """
+    FOLD: tl.constexpr = 128 * WIDTH
+    index = tl.arange(0, FOLD)
+    changes, params = _row_sums(change, mask, FOLD), _row_sums(param, mask, FOLD)
+    if WIDTH == 8:
+        bits = tl.where(index % 4 < 2, changes, params).to(tl.int32, bitcast=True)
+        stored = tl.where(index % 2 == 0, bits, bits >> 16).to(tl.int16)
+        statistics_ptr = statistics_ptr.to(tl.pointer_type(tl.int16))
+    else:
+        stored = tl.where(index % 2 == 0, changes, params)
+    ROW_SIZE: tl.constexpr = FOLD // STATISTICS_ROWS
+    ptrs = statistics_ptr + index // ROW_SIZE * WIDTH + index % WIDTH
+    tl.store(ptrs, stored, mask=index % ROW_SIZE < WIDTH)
 
 
 @triton.jit
@@ -111,15 +155,17 @@ def _step_elements(
     mask,
     remaining,
     grad_factor,
+    statistics_ptr,
     scalars,
     rounding,
     DTYPE: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
     ROUNDING: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr, master_ptr, m_scale_ptr, v_scale_ptr = ptrs
     AMSGRAD: tl.constexpr = max_exp_avg_sq_ptr is not None
-    param = storage.load_param(param_ptr, master_ptr, offsets, mask, DTYPE, EVICTION)
+    old_param = storage.load_param(param_ptr, master_ptr, offsets, mask, DTYPE, EVICTION)
     grad = storage.load(grad_ptr, offsets, mask, DTYPE, EVICTION)
     exp_avg = storage.load_exp_avg(exp_avg_ptr, m_scale_ptr, offsets, mask, remaining, DTYPE, EVICTION)
     exp_avg_sq = storage.load_exp_avg_sq(exp_avg_sq_ptr, v_scale_ptr, offsets, mask, remaining, DTYPE, EVICTION)
@@ -131,8 +177,17 @@ def _step_elements(
     # Where exp_avg_sq was rounded to 8 bits, the last bits of its root mean nothing.
     APPROXIMATE: tl.constexpr = v_scale_ptr is not None
     param, exp_avg, exp_avg_sq, max_exp_avg_sq, root = _adamw_update(
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars[:7], AMSGRAD, APPROXIMATE
+        old_param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, scalars[:7], AMSGRAD, CAUTIOUS, APPROXIMATE
     )
+    if statistics_ptr is not None:
+        BITS: tl.constexpr = (
+            param_ptr.dtype.element_ty.primitive_bitwidth
+            | grad_ptr.dtype.element_ty.primitive_bitwidth
+            | exp_avg_ptr.dtype.element_ty.primitive_bitwidth
+            | exp_avg_sq_ptr.dtype.element_ty.primitive_bitwidth
+            | (0 if master_ptr is None else master_ptr.dtype.element_ty.primitive_bitwidth)
+        )
+        _store_statistics(statistics_ptr, param - old_param, param, mask, 4 if BITS >= 32 else 8)
     noise = (None, None, None)
     if ROUNDING != "nearest":
         seed, stream, element_offset = rounding
@@ -174,19 +229,20 @@ def _step_block(
     ptrs,
     block,
     n_elements,
-    grad_scale_ptr,
-    found_inf_ptr,
+    control_ptr,
+    statistics_ptr,
     scalars_ptr,
     scalars,
     rounding,
     MAXIMIZE: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
     ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
     """Step the `block`-th BLOCK_SIZE elements of one tensor."""
-    if found_inf_ptr is not None:
-        if tl.load(found_inf_ptr) != 0.0:
+    if control_ptr is not None:
+        if tl.load(control_ptr + 1) != 0.0:
             return
 
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr, master_ptr, m_scale_ptr, v_scale_ptr = ptrs
@@ -197,8 +253,8 @@ def _step_block(
 
     # Everything that multiplies a gradient is one factor, and absent when nothing does.
     grad_factor = None
-    if grad_scale_ptr is not None:
-        grad_factor = (-1.0 if MAXIMIZE else 1.0) / tl.load(grad_scale_ptr).to(DTYPE)
+    if control_ptr is not None:
+        grad_factor = tl.load(control_ptr).to(DTYPE) * (-1.0 if MAXIMIZE else 1.0)
     elif MAXIMIZE:
         grad_factor = -1.0
 
@@ -208,6 +264,8 @@ def _step_block(
         max_exp_avg_sq_ptr += start
     if master_ptr is not None:
         master_ptr += start
+    if statistics_ptr is not None:
+        statistics_ptr += tl.program_id(0).to(tl.int64) * (STATISTICS_ROWS * 4)
     if m_scale_ptr is not None:
         m_scale_ptr += start // storage.GROUP_SIZE
     if v_scale_ptr is not None:
@@ -226,12 +284,16 @@ def _step_block(
     remaining = n_elements - start
     # A mask whose bound is not a multiple of 16 splits every 128-bit access in four: full blocks have none.
     if remaining >= BLOCK_SIZE:
-        _step_elements(ptrs, start, offsets, None, None, grad_factor, scalars, rounding, DTYPE, ROUNDING, EVICTION)
+        _step_elements(
+            ptrs, start, offsets, None, None, grad_factor, statistics_ptr, scalars, rounding,
+            DTYPE, CAUTIOUS, ROUNDING, EVICTION,
+        )  # fmt: skip
     else:
         tail = remaining.to(tl.int32)
         _step_elements(
-            ptrs, start, offsets, offsets < tail, tail, grad_factor, scalars, rounding, DTYPE, ROUNDING, EVICTION
-        )
+            ptrs, start, offsets, offsets < tail, tail, grad_factor, statistics_ptr, scalars, rounding,
+            DTYPE, CAUTIOUS, ROUNDING, EVICTION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_elements", "seed", "stream", "element_offset"])
@@ -245,8 +307,8 @@ def adamw_kernel(
     exp_avg_scale_ptr,
     exp_avg_sq_scale_ptr,
     n_elements: tl.int64,
-    grad_scale_ptr,
-    found_inf_ptr,
+    control_ptr,
+    statistics_ptr,
     seed: tl.int64,
     stream: tl.int32,
     element_offset: tl.int64,
@@ -260,6 +322,7 @@ def adamw_kernel(
     eps,
     step,
     MAXIMIZE: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
     ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     EVICTION: tl.constexpr = "",
@@ -274,7 +337,12 @@ def adamw_kernel(
     ROUNDING    "nearest", "stochastic" (bf16, and a remainder of 8 bits) or "stochastic shifted"
     EVICTION    a hint to the caches for all tensors: "", "evict_first" or "evict_last"
 
-    max_exp_avg_sq_ptr, master_ptr, scales, grad_scale_ptr, found_inf_ptr and scalars_ptr may be None: the compiled
+    control_ptr float64 [2]: a factor for the gradient, and a flag: where it is not 0, nothing is written
+    statistics_ptr
+                float32 [n_programs, STATISTICS_ROWS, 4], written: sums of squares of the change of the parameter, of
+                the new parameter, and both again
+
+    max_exp_avg_sq_ptr, master_ptr, scales, control_ptr, statistics_ptr and scalars_ptr may be None: the compiled
     kernel then has no trace of them.
     """
     _step_block(
@@ -290,12 +358,13 @@ def adamw_kernel(
         ),
         tl.program_id(0),
         n_elements,
-        grad_scale_ptr,
-        found_inf_ptr,
+        control_ptr,
+        statistics_ptr,
         scalars_ptr,
         (decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps, step),
         (seed, stream, element_offset),
         MAXIMIZE,
+        CAUTIOUS,
         ROUNDING,
         BLOCK_SIZE,
         EVICTION,
@@ -315,8 +384,8 @@ def adamw_table_kernel(
     tensors_ptr,
     grads_ptr,
     chunks_ptr,
-    grad_scale_ptr,
-    found_inf_ptr,
+    control_ptr,
+    statistics_ptr,
     seed: tl.int64,
     scalars_ptr,
     decay,
@@ -333,8 +402,10 @@ def adamw_table_kernel(
     EXP_AVG_SQ_DTYPE: tl.constexpr,
     MASTER_DTYPE: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    ROWS: tl.constexpr,
     ALIGNED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
     ROUNDING: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     EVICTION: tl.constexpr = "",
@@ -342,18 +413,21 @@ def adamw_table_kernel(
     """Step a table of tensors; one program for each chunk of BLOCK_SIZE elements.
 
     tensors_ptr  int64 [n_tensors, ...]  n_elements and addresses of param, exp_avg, exp_avg_sq; then what there is of:
-                                         addresses of max_exp_avg_sq, master, exp_avg_scale, exp_avg_sq_scale; stream
+                                         addresses of max_exp_avg_sq, master, exp_avg_scale, exp_avg_sq_scale; stream;
+                                         row of scalars_ptr
     grads_ptr    int64 [n_tensors]       addresses of the gradients: the only part that changes between steps
     chunks_ptr   int32 [n_chunks, 2]     tensor, block within that tensor
 
-    There is a master if MASTER_DTYPE is not None, a scale for a moment of 8 bits, and a stream unless ROUNDING is
-    "nearest". ALIGNED promises that every address is a multiple of 16 bytes. Other arguments as for adamw_kernel.
+    There is a master if MASTER_DTYPE is not None, a scale for a moment of 8 bits, a stream unless ROUNDING is
+    "nearest", and a row if ROWS; else scalars_ptr is one row. ALIGNED promises that every address is a multiple of
+    16 bytes. Other arguments as for adamw_kernel.
     """
     MASTER: tl.constexpr = 4 + (1 if AMSGRAD else 0)
     EXP_AVG_SCALE: tl.constexpr = MASTER + (0 if MASTER_DTYPE is None else 1)
     EXP_AVG_SQ_SCALE: tl.constexpr = EXP_AVG_SCALE + (1 if EXP_AVG_DTYPE == tl.int8 else 0)
     STREAM: tl.constexpr = EXP_AVG_SQ_SCALE + (1 if EXP_AVG_SQ_DTYPE == tl.uint8 else 0)
-    COLUMNS: tl.constexpr = STREAM + (0 if ROUNDING == "nearest" else 1)
+    ROW: tl.constexpr = STREAM + (0 if ROUNDING == "nearest" else 1)
+    COLUMNS: tl.constexpr = ROW + (1 if ROWS else 0)
 
     chunk_ptr = chunks_ptr + 2 * tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunk_ptr)
@@ -377,6 +451,8 @@ def adamw_table_kernel(
     stream = 0
     if ROUNDING != "nearest":
         stream = tl.load(row_ptr + STREAM).to(tl.int32)
+    if ROWS:
+        scalars_ptr += tl.load(row_ptr + ROW) * 8
     _step_block(
         (
             _table_ptr(row_ptr + 1, PARAM_DTYPE, ALIGNED),
@@ -390,12 +466,13 @@ def adamw_table_kernel(
         ),
         tl.load(chunk_ptr + 1),
         tl.load(row_ptr),
-        grad_scale_ptr,
-        found_inf_ptr,
+        control_ptr,
+        statistics_ptr,
         scalars_ptr,
         (decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps, step),
         (seed, stream, 0),
         MAXIMIZE,
+        CAUTIOUS,
         ROUNDING,
         BLOCK_SIZE,
         EVICTION,

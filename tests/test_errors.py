@@ -45,7 +45,6 @@ def test_hyper_parameters(options, message):
     ("options", "message"),
     [
         ({"differentiable": True}, r"differentiable=True is not supported.*Use torch.optim.AdamW"),
-        ({"capturable": True}, r"capturable=True is not supported.*Use capturable=False"),
     ],
     ids=lambda x: str(x)[:30],
 )

@@ -69,7 +69,7 @@ def test_last_blocks_of_a_large_tensor_with_coded_state(stochastic, far, device)
         configuration=launch.configuration_of(*used.dtypes),
     )
     launch.launch_table(table, host_scalars(HYPER, 5), maximize=False)
-    step_tensor_reference(theirs, grad, other, HYPER, 5.0, maximize=False, grad_scale=None, rounding=rounding)
+    step_tensor_reference(theirs, grad, other, HYPER, 5.0, maximize=False, rounding=rounding)
     weights = storage.join(ours, state.master), storage.join(theirs, other.master)
     torch.testing.assert_close(*weights, rtol=2.0**-15, atol=1e-6)
     if not stochastic:

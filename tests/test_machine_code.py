@@ -29,7 +29,7 @@ INSTRUCTIONS = {
     "bf16 m, v": (39.0, 40.5, 33.3, 49.0),
     "amsgrad": (33.5, 34.5, 30.4, 37.3),
     "maximize": (31.8, 33.4, 27.5, 30.8),
-    "amp": (34.9, 36.4, 29.9, 33.9),
+    "control": (34.9, 36.4, 29.9, 33.9),
     "scalars row": (33.7, 34.2, 29.2, 31.4),
     "unaligned": (37.5, 38.9, 31.3, 43.8),
 }
@@ -51,7 +51,7 @@ POLICIES = {
     "bf16 m, v": {"dtypes": ("fp32", "fp32", "bf16", "bf16")},
     "amsgrad": {"dtypes": FP32, "amsgrad": True},
     "maximize": {"dtypes": FP32, "maximize": True},
-    "amp": {"dtypes": FP32, "amp": True},
+    "control": {"dtypes": FP32, "control": True},
     "scalars row": {"dtypes": FP32, "scalars_row": True},
     "unaligned": {"dtypes": FP32, "aligned": False},
 }
@@ -131,8 +131,8 @@ def test_instructions_per_element(variant, machine_code):
             counts = Counter(variant.dtypes)
             bound = MIXES[counts["fp16"] + counts["bf16"]] + BF16 * counts["bf16"] + SLACK
     assert code.instructions_per_element <= bound
-    # One reciprocal square root for the square root, one for the division; one reciprocal of grad_scale.
-    assert code.mufu == 2 * code.elements + variant.amp
+    # One reciprocal square root for the square root, one for the division.
+    assert code.mufu == 2 * code.elements
 
 
 @pytest.mark.parametrize("target", [target for target in TARGETS if target.startswith("sm_")])
@@ -142,9 +142,9 @@ def test_absent_features_leave_no_trace(target, kernel, machine_code):
     # chunk; n_elements and 4 addresses
     table = [4] * 2 + [8] * 5 if kernel == "table" else []
     assert sorted(machine_code(plain).uniform_loads) == table
-    assert sorted(machine_code(replace(plain, amp=True)).uniform_loads) == sorted([4, 4, *table])
+    assert sorted(machine_code(replace(plain, control=True)).uniform_loads) == sorted([8, 8, *table])
     assert sorted(machine_code(replace(plain, scalars_row=True)).uniform_loads) == sorted([*table, *[8] * 7])
-    for feature in ("amp", "scalars_row", "amsgrad"):
+    for feature in ("control", "scalars_row", "amsgrad", "cautious", "statistics"):
         more = machine_code(replace(plain, **{feature: True}))
         assert more.instructions > machine_code(plain).instructions
 
@@ -227,7 +227,7 @@ def test_scalars_are_fp32_and_sizes_int64(launches):
     scalars = ("decay", "lerp_weight", "beta2", "one_minus_beta2", "neg_step_size", "inv_bias_correction2_sqrt", "eps")
     for _, _, types in launches:
         assert {types[name] for name in scalars} == {"fp32"}
-        assert {types[name] for name in ("grad_scale_ptr", "found_inf_ptr", "scalars_ptr")} == {"constexpr"}
+        assert {types[name] for name in ("control_ptr", "statistics_ptr", "scalars_ptr")} == {"constexpr"}
     assert launches[0][2]["n_elements"] == launches[1][2]["n_elements"] == "i64"
 
 

@@ -112,7 +112,9 @@ def test_signature_and_defaults_are_torchs():
 
     ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (AdamW, torch.optim.AdamW))
     extras = ["exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_bits", "stochastic_rounding", "seed"]
-    assert list(ours) == [*theirs, *extras]
+    extras += ["cautious", "decouple_lr"]
+    of_all = ["max_grad_norm", "skip_nonfinite", "skip_grad_norm_above", "statistics"]
+    assert list(ours) == [*theirs, *extras, *of_all]
     for name, parameter in theirs.items():
         assert ours[name].default == parameter.default, name
         assert ours[name].kind == parameter.kind, name
@@ -122,7 +124,7 @@ def test_signature_and_defaults_are_torchs():
     assert {k: v for k, v in theirs.items() if k != "decoupled_weight_decay"} == ours
     assert issubclass(AdamW, torch.optim.Optimizer)
     assert sorted(adamw_triton.__all__) == [
-        "AdamW", "adamw_", "param_groups_master_weights", "param_groups_weight_decay",
+        "AdamW", "adamw_", "param_groups_master_weights", "param_groups_weight_decay", "register_gradient_release",
     ]  # fmt: skip
 
 
@@ -237,7 +239,7 @@ def test_hyper_parameters_that_only_the_device_knows(device, monkeypatch):
             mine.step()
             reference.step()
         assert_same(ours, theirs, mine, reference, dtype)
-        assert all(bucket.on_device for bucket in mine._plan.buckets)
+        assert all(part.rows.on_device for part in mine._plan.parts)
 
 
 SCHEDULERS = {
@@ -446,5 +448,5 @@ def test_two_kinds_of_device_in_one_group(device, path):
         for p in (here, there):
             p.grad = torch.ones_like(p)
         optimizer.step()
-    assert {b.key.device.type for b in optimizer._plan.buckets} == {device.type, "meta"}
+    assert {part.device.type for part in optimizer._plan.parts} == {device.type, "meta"}
     assert here[0] < 1 and optimizer.state[there]["exp_avg"].device.type == "meta"

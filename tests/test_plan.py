@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from adamw_triton import AdamW, launch
-from adamw_triton import plan as plan_module
+from adamw_triton.upload import Upload
 
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
 
@@ -86,7 +86,7 @@ def test_steady_state_uploads_nothing_and_allocates_nothing(device, monkeypatch)
     ours, theirs, mine, reference = make(device)
     step(ours, theirs, mine, reference)
     uploads, operations = [], []
-    monkeypatch.setattr(plan_module._Bucket, "set_grad_addresses", lambda self, addresses: uploads.append(addresses))
+    monkeypatch.setattr(Upload, "write", lambda self, values, capturing: uploads.append(values))
     # The interpreter copies its arguments around.
     monkeypatch.setattr(launch, "launch_table", lambda *args, **options: operations.append("launch"))
 

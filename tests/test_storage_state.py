@@ -347,7 +347,7 @@ def test_parameter_that_a_group_cannot_have_is_refused_when_appended(dtype, devi
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("master_weight_bits", 16), ("master_weight_bits", 24.0), ("exp_avg_dtype", torch.int16), ("capturable", True)],
+    [("master_weight_bits", 16), ("master_weight_bits", 24.0), ("exp_avg_dtype", torch.int16)],
 )
 def test_option_changed_to_what_cannot_be_is_refused(name, value, device, path):
     param = nn.Parameter(torch.ones(3, device=device, dtype=BF16))

@@ -1,0 +1,125 @@
+"""Gradient release: each parameter is stepped as soon as its gradient is there, and the gradient is freed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .control import Scaling
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .optimizer import AdamW
+
+
+def register_gradient_release(model: nn.Module, optimizer: AdamW) -> GradientRelease:
+    """Step each parameter during the backward pass, and free its gradient at once.
+
+    Gradients then exist one or two at a time instead of all together. `optimizer.step()` and `optimizer.zero_grad()`
+    do nothing from now on, which they say once. Tied parameters are stepped once, after all of their gradient.
+
+    Args:
+        model: whose parameters, those of the optimizer at least, are in the backward passes to come.
+        optimizer: an `AdamW`. With `skip_nonfinite` and `skip_grad_norm_above` each parameter is skipped on its own,
+            by the norm of its own gradient.
+
+    Returns:
+        A handle: `remove()` ends it, and `with handle.accumulate():` around a backward pass keeps gradients, which the
+        next one outside adds to.
+
+    Raises:
+        ValueError: what needs all gradients at once: max_grad_norm, GradScaler (fused=True), gradients that are
+            reduced after they are accumulated (DistributedDataParallel); parameters that are not the model's; a second
+            registration.
+    """
+    for wrong, what in (
+        (
+            optimizer.max_grad_norm is not None,
+            f"max_grad_norm={optimizer.max_grad_norm} needs the norm of all gradients before the first is used; "
+            f"use max_grad_norm=None, or skip_grad_norm_above, which acts on each parameter",
+        ),
+        (
+            optimizer._step_supports_amp_scaling,
+            "fused=True announces that torch.amp.GradScaler may leave unscaling to step(), which gradient release "
+            "takes before there is a scaler's verdict; train in bfloat16 without GradScaler, with fused=None",
+        ),
+        (
+            isinstance(model, nn.parallel.DistributedDataParallel),
+            "DistributedDataParallel reduces gradients after they are accumulated, when they are released already",
+        ),
+        (optimizer._release is not None, "this optimizer has gradient release already; remove() the handle first"),
+    ):
+        if wrong:
+            raise ValueError(f"gradient release: {what}")
+    known = {id(param) for param in model.parameters()}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    missing = sum(id(param) not in known for param in params)
+    if missing:
+        raise ValueError(f"gradient release: {missing} of the optimizer's {len(params)} parameters are not the model's")
+    return GradientRelease(optimizer)
+
+
+class GradientRelease:
+    """Handle of `register_gradient_release`."""
+
+    def __init__(self, optimizer: AdamW) -> None:
+        self._optimizer = optimizer
+        self._accumulating = False
+        self._warned: set[str] = set()
+        self._plans: dict[Tensor, Plan] = {}
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        self._numbers = {id(param): number for number, param in enumerate({id(p): p for p in params}.values())}
+        self._group_of = {param: group for group in reversed(optimizer.param_groups) for param in group["params"]}
+        self._hooks: list[Any] = [
+            param.register_post_accumulate_grad_hook(self._on_accumulated)
+            for param in self._group_of
+            if param.requires_grad
+        ]
+        optimizer._release = self
+
+    def remove(self) -> None:
+        """Go back to `optimizer.step()`."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self._optimizer._release is self:
+            self._optimizer._release = None
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Keep gradients: backward passes within only add to them."""
+        before, self._accumulating = self._accumulating, True
+        try:
+            yield
+        finally:
+            self._accumulating = before
+
+    @torch.no_grad()
+    def _on_accumulated(self, param: Tensor) -> None:
+        if self._accumulating:
+            return
+        self._plans[param] = self._optimizer._step_plan(
+            self._plans.get(param), [self._group_of[param]], only=param, numbers=self._numbers
+        )
+        param.grad = None
+
+    def refuse_scaling(self, scaling: Scaling) -> None:
+        if scaling.given:
+            raise RuntimeError(
+                "gradient release cannot unscale for torch.amp.GradScaler: parameters were stepped with scaled gradients"
+            )
+
+    def say_once(self, name: str) -> None:
+        """That a method does nothing."""
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"optimizer.{name}() does nothing: with gradient release parameters are stepped, and gradients freed, "
+                f"during the backward pass",
+                stacklevel=3,
+            )
