@@ -23,7 +23,7 @@ from .storage import Policy
 if TYPE_CHECKING:
     from .optimizer import AdamW
 
-_LIVE: weakref.WeakValueDictionary[int, AdamW] = weakref.WeakValueDictionary()
+LIVE: weakref.WeakValueDictionary[int, AdamW] = weakref.WeakValueDictionary()
 _HANDLES = itertools.count(1)
 # Cuda graphs of the compiler would replay what was decided at their capture.
 _TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
@@ -47,7 +47,7 @@ def step_(params: list[Tensor], grads: list[Tensor], state: list[Tensor], number
     Raises:
         RuntimeError: the optimizer is gone, or its options want other state now.
     """
-    optimizer = _LIVE.get(handle)
+    optimizer = LIVE.get(handle)
     if optimizer is None:
         raise RuntimeError("the optimizer of this compiled step no longer exists")
     optimizer._compiled.run(optimizer, params, grads, state, numbers)
@@ -56,15 +56,6 @@ def step_(params: list[Tensor], grads: list[Tensor], state: list[Tensor], number
 @step_.register_fake
 def _(params: Any, grads: Any, state: Any, numbers: Any, handle: Any) -> None:
     return None
-
-
-@torch.compiler.assume_constant_result
-def _prepare(key: str, numbers: tuple[int, ...]) -> int:
-    """While the step is being traced: create what state lacks, on the real tensors, and list it."""
-    optimizer = _LIVE[int(key)]  # a number would become symbolic
-    with torch.no_grad(), torch.inference_mode(False):
-        optimizer._compiled.complete(optimizer, numbers)
-    return int(key)
 
 
 class CompiledStep:
@@ -79,7 +70,7 @@ class CompiledStep:
     def __init__(self, optimizer: AdamW) -> None:
         self.handle = next(_HANDLES)
         self.key = str(self.handle)
-        _LIVE[self.handle] = optimizer
+        LIVE[self.handle] = optimizer
         self.list_params(optimizer)
 
     def list_params(self, optimizer: AdamW) -> None:
@@ -106,7 +97,9 @@ class CompiledStep:
                 grads.append(param.grad)
         if not params:
             return
-        handle = _prepare(self.key, tuple(numbers))
+        from .prepare import prepare
+
+        handle = prepare(self.key, tuple(numbers))
         # True now; having looked makes a guard that it still is: state that is replaced is compiled anew.
         if not self.changes.seen_compiled:
             raise RuntimeError("the optimizer's state changes while its step is being compiled")
@@ -181,13 +174,18 @@ class CompiledStep:
             plan = Plan(*now, numbers=ids)
             found = plan.gradients(*now)
             assert found is not None
-        for view, number in zip(views, numbers, strict=True):
-            if set(plan_state[view]) != set(self.names[number]):
+        for view, given in zip(views, entries, strict=True):
+            now_wanted = plan_state[view]
+            if len(now_wanted) != len(given) or any(
+                now_wanted.get(name) is not tensor for name, tensor in given.items() if name != "step"
+            ):
                 raise RuntimeError(
-                    f"the optimizer's options want state {sorted(plan_state[view])} now, where this step was compiled "
-                    f"for {sorted(self.names[number])}; call torch._dynamo.reset()"
+                    "the optimizer's options want other state than this step was compiled for; "
+                    "call torch._dynamo.reset()"
                 )
         plan.step(found, optimizer._limits, scaling, optimizer._control_on)
+        for view in views:
+            view.grad = None
         torch._foreach_copy_(steps, [plan_state[view]["step"] for view in views])
         own = [self.params[number].data_ptr() for number in numbers]
         self._kept = None

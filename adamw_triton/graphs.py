@@ -68,7 +68,7 @@ class Graphs:
 
     def add(self, plan: Any, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Note that a step with these gradients has been captured."""
-        self._kept.append((plan, list(grads)))
+        self._kept.append((plan, list(grads), plan.copies))
         for param, grad in zip(params, grads, strict=True):
             if param not in self._accumulated:
                 self._addresses[param] = grad.data_ptr()

@@ -31,6 +31,9 @@ class Part:
         count_on_device: whether the step counts live on the device, where there are kernels.
         capturable: whether steps may be captured in CUDA graphs.
         statistics: whether to sum the squares of what is written, and of its change.
+
+    Attributes:
+        params: in the order in which they are stepped.
     """
 
     def __init__(
@@ -61,14 +64,15 @@ class Part:
             item.row = row
             item.entries["step"] = count
         by_key = _by_key(items, groups)
-        self.items = [item for members in by_key.values() for item in members]
+        in_order = [item for members in by_key.values() for item in members]
+        self.params = [item.param for item in in_order]
         self.aligned = [key.aligned for key, members in by_key.items() for _ in members]
         self.addresses: Upload | None = None
         if self.has_kernels and (need_norm or any(key.form == "table" for key in by_key)):
-            addresses = torch.tensor([item.grad.data_ptr() for item in self.items])
+            addresses = torch.tensor([item.grad.data_ptr() for item in in_order])
             self.addresses = Upload(addresses, device, capturable=capturable)
         self.buckets = []
-        self.slices = []  # of the items, for each bucket
+        self.slices = []  # of the parameters, for each bucket
         start = 0
         for key, members in by_key.items():
             part = slice(start, start + len(members))
@@ -77,10 +81,9 @@ class Part:
             self.slices.append(part)
             start = part.stop
         if self.addresses is not None and need_norm:
-            self._make_norm_tables(self.addresses.tensor)
+            self._make_norm_tables(self.addresses.tensor, [item.grad for item in in_order])
 
-    def _make_norm_tables(self, addresses: Tensor) -> None:
-        grads = [item.grad for item in self.items]
+    def _make_norm_tables(self, addresses: Tensor, grads: Sequence[Tensor]) -> None:
         numels = torch.tensor([g.numel() * (2 if g.is_complex() else 1) for g in grads]).to(self.device)
         by_dtype: dict[tuple[torch.dtype, bool], list[int]] = defaultdict(list)
         for i, (grad, aligned) in enumerate(zip(grads, self.aligned, strict=True)):
@@ -129,7 +132,7 @@ class Part:
         """Step all buckets.
 
         Args:
-            grads: in the order of `items`.
+            grads: in the order of `params`.
             hypers: of each group.
             scaling: of the gradients.
             control: what the step is subject to, on this device: `known` already, or to be made from `scaling`.

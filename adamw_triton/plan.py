@@ -123,9 +123,9 @@ class Plan:
             )
             for members in by_device.values()
         ]
-        self._remember([item for part in self.parts for item in part.items], state)
+        self._remember(state)
 
-    def _remember(self, items: Sequence[Item], state: State) -> None:
+    def _remember(self, state: State) -> None:
         """What `gradients` compares with."""
         self.changes = state.changes
         if self.only is None:
@@ -134,13 +134,13 @@ class Plan:
             self.entries = list(state[self.only].values())
         self.first_moments = [tensor for bucket in self.buckets for tensor in bucket.states[0].tensors]
         self.first_moment_addresses = list(map(Tensor.data_ptr, self.first_moments))
-        self.params = [item.param for item in items]
+        self.params = [param for part in self.parts for param in part.params]
         self.param_addresses = list(map(Tensor.data_ptr, self.params))
         self.param_numels = list(map(Tensor.numel, self.params))
         # Only with two equal dimensions can strides change while address and shape stay.
         self.squares = [p for p in self.params if len({n for n in p.shape if n > 1}) < sum(n > 1 for n in p.shape)]
         self.square_strides = list(map(Tensor.stride, self.squares))
-        grads = [item.grad for item in items]
+        grads: list[Any] = list(map(_grad_of, self.params))
         self.grad_addresses = list(map(Tensor.data_ptr, grads))
         self.grad_contiguous = list(map(Tensor.is_contiguous, grads))
         self.strided = [i for i, param in enumerate(self.params) if not param.is_contiguous()]
@@ -260,6 +260,8 @@ class Plan:
         for part, its in self._slices():
             control = control_on(part.device) if need_norm or scaling.given else None
             part.step(grads[its], self.hypers, scaling, control, known=need_norm, capturing=capturing)
+        if not capturing:
+            self.copies = []
 
     def _decide(
         self, grads: list[Tensor], limits: Limits, scaling: Scaling, control_on: Callable[[torch.device], Control]
@@ -279,8 +281,8 @@ class Plan:
     def _slices(self) -> list[tuple[Part, slice]]:
         slices, start = [], 0
         for part in self.parts:
-            slices.append((part, slice(start, start + len(part.items))))
-            start += len(part.items)
+            slices.append((part, slice(start, start + len(part.params))))
+            start += len(part.params)
         return slices
 
 

@@ -111,7 +111,7 @@ class GradientRelease:
     def refuse_scaling(self, scaling: Scaling) -> None:
         if scaling.given:
             raise RuntimeError(
-                "gradient release cannot unscale for torch.amp.GradScaler: parameters were stepped with scaled gradients"
+                "gradient release cannot unscale for torch.amp.GradScaler: parameters were stepped before its verdict"
             )
 
     def say_once(self, name: str) -> None:

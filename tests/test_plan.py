@@ -1,6 +1,7 @@
 """What a step launches, and that everything that outdates a plan is noticed."""
 
 import copy
+import weakref
 from collections import Counter
 
 import pytest
@@ -327,3 +328,14 @@ def test_many_groups_of_one_tensor(device, path):
     reference = torch.optim.AdamW([{"params": [p], "lr": 10.0**-i} for i, p in enumerate(theirs)], foreach=False)
     for _ in range(3):
         step(ours, theirs, mine, reference)
+
+
+def test_a_plan_keeps_no_gradient_alive(device, path):
+    """Between steps the memory of gradients is for other things."""
+    ours, _, mine, _ = make(device, max_grad_norm=1.0)
+    for p in ours:
+        p.grad = torch.randn_like(p)
+    alive = [weakref.ref(p.grad) for p in ours]
+    mine.step()
+    mine.zero_grad()
+    assert all(ref() is None for ref in alive)
