@@ -54,12 +54,13 @@ class Rows:
         self.counts = [self.steps[0]] * len(pairs)
         for i, count in zip(order, self.steps.unbind(), strict=True):
             self.counts[i] = count
-        self._hypers = list(hypers)
+        self._hypers = hypers
+        self._values: Tensor | None = None  # of all rows
         # Of this step, made when asked for.
         self._floats: dict[int, Scalars] = {}
         self._uploaded: Tensor | None = None
         if on_device:
-            self._hypers = self._resolved(hypers)
+            self._resolved = self._resolve(hypers)
             sizes = torch.tensor(self.of_param).bincount(minlength=len(rows)).cumsum(0)
             self._bounds = torch.stack((torch.cat((torch.zeros_like(sizes[:1]), sizes[:-1])), sizes), dim=1)
             self._table = Upload(self._packed(), device, capturable=capturable)
@@ -72,22 +73,25 @@ class Rows:
         """Count one update of every parameter; on the device, unless it is skipped.
 
         Args:
-            hypers: of each group, now.
+            hypers: of each group, now; another list if there are other values than the last time.
             scaling: of the gradients, on this device.
             control: what the update is subject to, if anything: `known` already, or to be written from `scaling`.
             capturing: whether a CUDA graph is being captured.
         """
         if not self.on_device:
-            self._hypers = list(hypers)
+            if hypers is not self._hypers:
+                self._hypers, self._values = hypers, None
             self._floats = {}
             self._uploaded = None
             self.steps.add_(1)
             self._row_counts = [count + 1 for count in self._row_counts]
         else:
-            hypers = self._resolved(hypers)
-            if capturing or not _same(self._hypers, hypers):
+            if capturing or hypers is not self._hypers:
+                resolved = self._resolve(hypers)
+                if capturing or not _same(resolved, self._resolved):
+                    self._resolved = resolved
+                    self._table.write(self._packed(), capturing=capturing)
                 self._hypers = hypers
-                self._table.write(self._packed(), capturing=capturing)
             launch.launch_scalars(self._table.tensor, self.steps, self._scalars, control, scaling, known=known)
             if not capturing:
                 self._table.prepare()
@@ -114,14 +118,18 @@ class Rows:
         return self._uploaded
 
     def _upload(self) -> Tensor:
-        values = [tuple(map(float, self._hypers[group])) for group in self._groups]
-        steps = torch.tensor(self._row_counts, dtype=torch.float64)
-        table = scalar_rows(torch.tensor(values, dtype=torch.float64), steps)
+        if len(self._groups) <= _FEW:
+            table = torch.tensor([self.scalars(row) for row in range(len(self._groups))], dtype=torch.float64)
+        else:
+            if self._values is None:
+                values = [tuple(map(float, self._hypers[group])) for group in self._groups]
+                self._values = torch.tensor(values, dtype=torch.float64)
+            table = scalar_rows(self._values, torch.tensor(self._row_counts, dtype=torch.float64))
         if self.device.type == "cuda":
             table = table.pin_memory()
         return table.to(self.device, non_blocking=True)
 
-    def _resolved(self, hypers: Sequence[Hyper]) -> list[Hyper]:
+    def _resolve(self, hypers: Sequence[Hyper]) -> list[Hyper]:
         """With numbers, and tensors that the kernel can read whenever a step is replayed."""
 
         def resolve(value: Any) -> Any:
@@ -135,7 +143,7 @@ class Rows:
 
     def _packed(self) -> Tensor:
         """The rows as kernels/scalars.py reads them."""
-        hypers = [self._hypers[group] for group in self._groups]
+        hypers = [self._resolved[group] for group in self._groups]
         numbers = [[0.0 if isinstance(value, Tensor) else value for value in hyper] for hyper in hypers]
         addresses = [list(map(_address, (h.lr, h.beta1, h.beta2, h.weight_decay))) for h in hypers]
         return torch.cat(
@@ -144,6 +152,7 @@ class Rows:
 
 
 _READABLE = (torch.float32, torch.float64)
+_FEW = 16  # rows that Python makes faster than twenty operations of torch
 
 
 def _address(value: float | Tensor) -> int:
