@@ -26,8 +26,7 @@ def check_hyper(options: Mapping) -> None:
     """Refuse hyper-parameters that torch.optim.AdamW refuses.
 
     Raises:
-        ValueError: lr, eps or weight_decay negative, a beta outside [0, 1), a tensor of several elements, or an lr of 0
-            that weight decay is to be a multiple of.
+        ValueError: lr, eps or weight_decay negative, a beta outside [0, 1), or a tensor of several elements.
     """
     lr, (beta1, beta2) = options["lr"], options["betas"]
     tensors = {"lr": lr, "betas[0]": beta1, "betas[1]": beta2, "weight_decay": options["weight_decay"]}
@@ -45,10 +44,6 @@ def check_hyper(options: Mapping) -> None:
     for index, beta in enumerate((beta1, beta2)):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}; it must be in [0, 1)")
-    if options.get("decouple_lr") and not options.get("initial_lr", lr) > 0.0:
-        raise ValueError(
-            f"decouple_lr=True decays by weight_decay * lr / initial lr; the initial lr must be above 0, got {lr}"
-        )
 
 
 def check_implementation(options: Mapping) -> None:

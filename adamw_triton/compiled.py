@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .checks import check_entries, check_grad, check_param
 from .plan import Plan
+from .scalars import set_initial_lr
 from .state import State
 from .storage import Policy
 
@@ -154,6 +155,8 @@ class CompiledStep:
         identity = (numbers, list(map(Tensor.data_ptr, [*params, *state])))
         versions = [step._version for step in steps]
         scaling, frame = optimizer._frame()
+        for group in optimizer.param_groups:
+            set_initial_lr(group)
         if self._kept is not None and self._kept[0] == (identity, versions):
             _, plan, views, groups, plan_state = self._kept
             for group, live in zip(groups, optimizer.param_groups, strict=True):

@@ -15,6 +15,7 @@ from .compiled import CompiledStep
 from .control import Control, Limits, Scaling, move
 from .plan import Frame, Plan
 from .release import GradientRelease
+from .scalars import set_initial_lr
 from .state import ParamState, State
 from .storage import Policy, StateBytes
 
@@ -29,12 +30,6 @@ def _limit(name: str) -> Any:
         self._limits = limits
 
     return property(get, set_)
-
-
-def _set_initial_lr(group: dict[str, Any]) -> None:
-    """What `decouple_lr` divides by, under the name that torch.optim.lr_scheduler keeps it under."""
-    if group["decouple_lr"]:
-        group.setdefault("initial_lr", float(group["lr"]))
 
 
 class AdamW(Optimizer):
@@ -196,7 +191,7 @@ class AdamW(Optimizer):
             check_storage(self.param_groups[-1], self.param_groups[-1]["params"])
             if has_seed and not self.param_groups[-1]["stochastic_rounding"]:
                 self._refuse_seed(self.param_groups[-1]["seed"])
-            _set_initial_lr(self.param_groups[-1])
+            set_initial_lr(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -240,8 +235,12 @@ class AdamW(Optimizer):
             self._release.refuse_scaling(self._frame()[0])
             self._release.say_once("step")
             return
-        plan, self._plan = self._plan, None  # none, if this step fails
-        self._plan = self._step_plan(plan, self.param_groups)
+        try:
+            self._plan = self._step_plan(self._plan, self.param_groups)
+        except BaseException:
+            if not graphs.is_capturing():  # which has changed nothing
+                self._plan = None
+            raise
 
     def _step_plan(
         self,
@@ -416,7 +415,7 @@ class AdamW(Optimizer):
                 ("decouple_lr", False),
             ):
                 group.setdefault(name, value)
-            _set_initial_lr(group)
+            set_initial_lr(group)
         missing: dict[str, Any] = {
             "_limits": Limits(),
             "statistics": False,

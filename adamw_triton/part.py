@@ -145,6 +145,8 @@ class Part:
             if control.values[1].item():
                 return
         self.rows.advance(hypers, scaling, control, known=known, capturing=capturing)
+        if self.addresses is not None and not capturing:
+            self.addresses.prepare()
         for bucket, part in zip(self.buckets, self.slices, strict=True):
             bucket.step(grads[part], self.rows, None if control is None else control.values)
 

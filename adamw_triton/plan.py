@@ -22,7 +22,7 @@ from .checks import check_implementation, check_storage
 from .control import Control, Limits, Scaling, move
 from .layout import is_dense
 from .part import Part
-from .scalars import Hyper
+from .scalars import Hyper, set_initial_lr
 from .state import State
 from .storage import Policy
 
@@ -77,6 +77,8 @@ class Plan:
     ) -> None:
         self.frame, self.only = frame, only
         self.structure = list(map(_structural_of, groups))
+        for group in groups:
+            set_initial_lr(group)
         self._read_values(groups)
         self.hypers_on_device = any(hyper.on_device for hyper in self.hypers)
         self.capturable = any(group["capturable"] for group in groups)

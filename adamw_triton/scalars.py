@@ -32,6 +32,21 @@ class Hyper(NamedTuple):
         return any(isinstance(value, Tensor) and value.device.type != "cpu" for value in self)
 
 
+def set_initial_lr(group: dict[str, Any]) -> None:
+    """Note what `decouple_lr` divides by, under the name that torch.optim.lr_scheduler has for it.
+
+    Raises:
+        ValueError: it is 0.
+    """
+    if group["decouple_lr"] and "initial_lr" not in group:
+        lr = float(group["lr"])
+        if not lr > 0:
+            raise ValueError(
+                f"decouple_lr=True decays by weight_decay * lr / initial lr; the initial lr must be above 0, got {lr}"
+            )
+        group["initial_lr"] = lr
+
+
 class Scalars(NamedTuple):
     """What is left of the hyper-parameters at step t; see kernels/adamw.py for the meaning of each."""
 
