@@ -9,11 +9,11 @@ import os
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -33,13 +33,23 @@ from adamw_triton import AdamW, param_groups_weight_decay
 from . import common
 from .data import batches, corpus
 from .gpt import GPT, Sizes
+from .loop import Features, Loop, spoil
+from .policies import BY_NAME, POLICIES, Policy, dtype_name
 
 BETAS = (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
 VALIDATION_BATCHES = 16
 WARM_UP = 5  # steps that the median step time leaves out
 MIB = 2**20
-Contestants = list[tuple[str, Callable[..., Optimizer]]]
+SPOILED_EVERY = 7  # steps, of which one has a NaN in a gradient, with --skip-nonfinite
+
+
+class Contestant(NamedTuple):
+    """An optimizer, and whether it does itself what is around the step."""
+
+    label: str
+    make: Callable[..., Optimizer]
+    folded: bool = False
 
 
 @dataclass
@@ -63,7 +73,7 @@ def tolerances(dtype: torch.dtype, exact: bool, steps: int) -> dict[str, float]:
     can drift, finds small mistakes. For scale, over 400 steps at the default sizes torch's own two CPU
     implementations ended 7e-7 and 3e-6 apart in fp32, and 8e-3 and 0.1 in bf16, with one seed.
     """
-    if dtype == torch.bfloat16:
+    if dtype.itemsize < 4:
         return {"loss": 2e-2, "relative": 0.5}
     if exact:
         return {"loss": 1e-6, "relative": 1e-5}
@@ -102,12 +112,18 @@ class Difference:
 class Trainer:
     """A model and its optimizer; everything but the optimizer's class is the same in every one."""
 
-    def __init__(self, label: str, optimizer_class: Callable[..., Optimizer], model: GPT, options: Namespace) -> None:
-        self.run = Run(label)
+    def __init__(self, contestant: Contestant, model: GPT, options: Namespace) -> None:
+        self.run = Run(contestant.label)
         self.model = model
         self.device: torch.device = options.device
         groups = param_groups_weight_decay(model, options.weight_decay)
-        self.optimizer = optimizer_class(groups, lr=options.lr, betas=BETAS, eps=1e-8)
+        self.optimizer = contestant.make(groups, lr=options.lr, betas=BETAS, eps=1e-8)
+        features: Features = options.features
+        clip = None if features.clips_by_itself else MAX_GRAD_NORM
+        self.loop = Loop(self.optimizer, model, features, self.device, folded=contestant.folded, clip=clip)
+        if features.skip_nonfinite:
+            n_params = len(self.loop.params)
+            spoil(self.loop.params, lambda index: self._is_spoiled() and index == len(self.run.losses) % n_params)
         warm_up = max(1, options.steps // 10)
 
         def schedule(step: int) -> float:
@@ -117,18 +133,21 @@ class Trainer:
 
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
 
+    def _is_spoiled(self) -> bool:
+        return len(self.run.losses) % SPOILED_EVERY == SPOILED_EVERY - 1
+
     def loss(self, inputs: Tensor, targets: Tensor) -> Tensor:
         logits = self.model(inputs.to(self.device)).flatten(0, 1).float()
         return F.cross_entropy(logits, targets.to(self.device).flatten())
 
     def step(self, inputs: Tensor, targets: Tensor) -> None:
         loss = self.loss(inputs, targets)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
-        ms, added = timed_step(self.optimizer, self.device)
+        self.loop.backward(loss)
+        ms, added = timed_step(self.loop, self.device)
         if not self.run.losses:
             self.run.first_step_bytes = added
-        self.optimizer.zero_grad()
+        self.loop.zero_grad()
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # else the scheduler warns of a skipped first step
         self.scheduler.step()
         self.run.losses.append(loss.item())
         self.run.step_ms.append(ms)
@@ -141,11 +160,11 @@ class Trainer:
         return self.run
 
 
-def train(contestants: Contestants, initial: GPT, options: Namespace, bar: Progress) -> list[Run]:
+def train(contestants: Sequence[Contestant], initial: GPT, options: Namespace, bar: Progress) -> list[Run]:
     """Train a copy of `initial` with each optimizer, in turns, so that what slows the machine slows all of them."""
     training, validation = corpus()
     sizes = {"batch": options.batch, "context": options.context}
-    trainers = [Trainer(label, make, copy.deepcopy(initial), options) for label, make in contestants]
+    trainers = [Trainer(contestant, copy.deepcopy(initial), options) for contestant in contestants]
     task = bar.add_task("training", total=options.steps, loss=math.nan)
     for batch in batches(training, **sizes, count=options.steps, seed=options.seed):
         for trainer in trainers:
@@ -155,15 +174,15 @@ def train(contestants: Contestants, initial: GPT, options: Namespace, bar: Progr
     return [trainer.finish(held_out) for trainer in trainers]
 
 
-def timed_step(optimizer: Optimizer, device: torch.device) -> tuple[float, int | None]:
-    """Milliseconds of one step, and on a GPU the bytes it added at its peak."""
+def timed_step(loop: Loop, device: torch.device) -> tuple[float, int | None]:
+    """Milliseconds from gradients to new weights, and on a GPU the bytes that added at its peak."""
     before = 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     common.synchronize(device)
     start = time.perf_counter()
-    optimizer.step()
+    loop.step()
     common.synchronize(device)
     ms = (time.perf_counter() - start) * 1e3
     return ms, torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
@@ -178,13 +197,12 @@ def state_bytes(optimizer: Optimizer) -> int:
 def compare(options: Namespace, argv: list[str], ours: type[Optimizer], console: Console) -> dict[str, Any]:
     """Train with each optimizer; everything that was found, ready for JSON."""
     device: torch.device = options.device
-    dtype = getattr(torch, options.dtype)
-    loop = ("torch.optim.AdamW foreach=False", partial(torch.optim.AdamW, foreach=False))
-    fused = ("torch.optim.AdamW fused=True", partial(torch.optim.AdamW, fused=True))
-    reference, control = (fused, loop) if device.type == "cuda" else (loop, fused)
-    contestants: Contestants = [reference, ("adamw_triton.AdamW", ours)]
-    if options.control:
-        contestants.append(control)
+    policy: Policy = options.policy
+    features: Features = options.features
+    dtype = policy.param
+    contestants = contestants_of(policy, features, device, ours)
+    if not options.control:
+        contestants = contestants[:2]
 
     sizes = Sizes(options.layers, options.heads, options.width, options.context)
     torch.manual_seed(options.seed)
@@ -193,22 +211,30 @@ def compare(options: Namespace, argv: list[str], ours: type[Optimizer], console:
     with sdpa_kernel(SDPBackend.MATH), progress(console) as bar:
         runs = train(contestants, initial, options, bar)
 
-    exact = dtype == torch.float32 and common.kernel_path(device) == "eager reference on the CPU"
-    tolerance = tolerances(dtype, exact, options.steps)
+    on_cpu = common.kernel_path(device) == "eager reference on the CPU"
+    exact = policy.name == "fp32" and on_cpu and not features.names
+    tolerance = tolerances(min(policy.dtypes, key=lambda dtype: dtype.itemsize), exact, options.steps)
     differences = [Difference.of(run, runs[0]) for run in runs]
     training, validation = corpus()
     return {
         "schema_version": 1,
         "job": "train",
         "conditions": common.conditions("train", argv, device),
-        "model": {**asdict(sizes), "parameters": sizes.parameters(), "dtype": options.dtype, "seed": options.seed},
+        "model": {
+            **asdict(sizes),
+            "parameters": sizes.parameters(),
+            "policy": policy.name,
+            "dtype": dtype_name(dtype),
+            "seed": options.seed,
+        },
         "training": {
             "steps": options.steps,
             "batch": options.batch,
             "lr": options.lr,
             "weight_decay": options.weight_decay,
             "betas": BETAS,
-            "max_grad_norm": MAX_GRAD_NORM,
+            "max_grad_norm": features.max_grad_norm if features.clips_by_itself else MAX_GRAD_NORM,
+            "folded": features.names,
         },
         "corpus": {"training_bytes": len(training), "validation_bytes": len(validation)},
         "tolerance": tolerance,
@@ -229,6 +255,22 @@ def compare(options: Namespace, argv: list[str], ours: type[Optimizer], console:
     }
 
 
+def contestants_of(policy: Policy, features: Features, device: torch.device, ours: type[Optimizer]) -> list[Contestant]:
+    """The reference, ours and the control. Only the second folds what is around the step into it."""
+    if policy.is_plain and policy.param == policy.exp_avg == policy.exp_avg_sq:
+        make = partial(torch.optim.AdamW, amsgrad=policy.amsgrad)
+        loop = Contestant("torch.optim.AdamW foreach=False", partial(make, foreach=False))
+        fused = Contestant("torch.optim.AdamW fused=True", partial(make, fused=True))
+    else:  # torch stores nothing in this way: torch's passes around our step
+        plain = partial(ours, **policy.options)
+        loop = Contestant("adamw_triton.AdamW, torch's passes", partial(plain, foreach=False))
+        fused = Contestant("adamw_triton.AdamW, torch's passes, one launch", partial(plain, foreach=True))
+    reference, control = (fused, loop) if device.type == "cuda" else (loop, fused)
+    label = ", ".join(["adamw_triton.AdamW", *features.names])
+    options = {**policy.options, **features.options} if policy.name != "fp32" or features.names else {}
+    return [reference, Contestant(label, partial(ours, **options), folded=True), control]
+
+
 def progress(console: Console) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
@@ -246,7 +288,7 @@ def show(report: dict[str, Any], console: Console) -> None:
     made, model, training = report["conditions"], report["model"], report["training"]
     data = f"{training['batch']} x {model['context']} bytes"
     console.print(
-        f"GPT of {model['parameters']:,} {model['dtype']} parameters, {training['steps']} steps of {data}, "
+        f"GPT of {model['parameters']:,} parameters ({model['policy']}), {training['steps']} steps of {data}, "
         f"on {made['device_name']} ({made['device']}); adamw_triton steps by: {made['path']}"
     )
     table = Table()
@@ -300,7 +342,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     curves.grid(alpha=0.3)
     made = report["conditions"]
     curves.set_title(
-        f"GPT of {report['model']['parameters']:,} {report['model']['dtype']} parameters on {made['device_name']}\n"
+        f"GPT of {report['model']['parameters']:,} parameters ({report['model']['policy']}) on {made['device_name']}\n"
         f"{made['path']}, torch {made['torch']}, {made['date'][:10]}",
         fontsize=9,
     )
@@ -326,12 +368,30 @@ def main(argv: list[str], ours: type[Optimizer] = AdamW) -> int:
     add("--weight-decay", type=common.non_negative_float, default=0.1, help="of matrices and embeddings")
     add("--seed", type=common.seed, default=0, help="of weights and batches")
     add("--device", type=common.device, default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the parameters")
+    names = [policy.name for policy in POLICIES if policy.grad == policy.param]
+    add("--policy", choices=names, default="fp32", help="how parameters and state are stored")
+    add("--max-grad-norm", type=common.non_negative_float, help="clip in our step; torch's is a pass before it")
+    add(
+        "--amp",
+        action="store_true",
+        help="with GradScaler, whose work our step does; no clipping, unless --max-grad-norm",
+    )
+    add("--skip-nonfinite", action="store_true", help=f"with a NaN in a gradient of one step in {SPOILED_EVERY}")
+    add("--release", action="store_true", help="gradient release in ours; no clipping")
+    add("--capturable", action="store_true", help="step counts and hyper-parameters on the device")
     add("--output", type=common.output_folder, default="out/train", help="folder for loss.png and train.json")
     add("--control", action="store_true", help="train a third time, with torch's other implementation")
     options = parser.parse(argv)
     if options.width % options.heads:
         parser.error(f"got --width {options.width} --heads {options.heads}; allowed: a width divisible by the heads")
+    options.policy = BY_NAME[options.policy]
+    options.features = Features(
+        options.max_grad_norm, options.amp, options.skip_nonfinite, options.release, options.capturable
+    )
+    if options.max_grad_norm == 0.0:
+        parser.error("got --max-grad-norm 0; allowed: a number above 0")
+    if options.features.refused:
+        parser.error(f"got --release with --max-grad-norm or --amp; allowed: one of them, {options.features.refused}")
     shortest = min(map(len, corpus()))
     if options.context >= shortest:
         parser.error(f"got --context {options.context}; allowed: less than {shortest}, the bytes of validation text")

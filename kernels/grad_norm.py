@@ -43,6 +43,7 @@ def _sum_of_squares(ptr, remaining, scale, DTYPE: tl.constexpr, BLOCK_SIZE: tl.c
         for start in range(0, full, BLOCK_SIZE):
             squares, largest = _square_and_add(ptr + start + offsets, None, scale, squares, largest)
         squares, largest = _square_and_add(ptr + full + offsets, full + offsets < tail, scale, squares, largest)
+    largest = tl.where(largest == largest, largest, 0.0)  # a NaN is in the sum
     return tl.sum(squares, axis=0).to(tl.float64), tl.max(largest, axis=0)
 
 

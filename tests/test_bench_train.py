@@ -1,6 +1,8 @@
 """The main job: runs end to end, refuses bad options in one line, and finds out a wrong optimizer."""
 
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -37,6 +39,41 @@ def test_end_to_end(name, tmp_path):
     # param, 2 moments: fp32; one fp32 step count for each tensor
     state = 2 * 4 * report["model"]["parameters"]
     assert state < report["runs"][1]["state_bytes"] < state + 1000
+
+
+FEATURES = {
+    "clip": ["--max-grad-norm", "0.5"],
+    "amp": ["--amp"],
+    "skip": ["--skip-nonfinite"],
+    "release": ["--release"],
+    "capturable": ["--capturable"],
+}
+PAIRS = [
+    (a, b) for a, b in itertools.combinations_with_replacement(FEATURES, 2)
+    if {a, b} not in ({"clip", "release"}, {"amp", "release"})
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda name: name)
+@pytest.mark.parametrize("policy", ["fp32", "bf16-master24-8bit"])
+def test_features_end_where_torchs_passes_end(first, second, policy, tmp_path):
+    argv = [*FEATURES[first], *(FEATURES[second] if second != first else []), "--policy", policy]
+    assert train.main([*TINY, "--steps", "9", *argv, "--output", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "train.json").read_text())
+    assert set(report["training"]["folded"]) == {first, second}
+    if "skip" in (first, second):
+        losses = report["runs"][1]["losses"]
+        assert len(losses) == 9 and all(map(math.isfinite, losses))
+
+
+def test_a_feature_that_does_nothing_is_found_out(tmp_path):
+    class Unclipped(AdamW):
+        def __init__(self, params, **options):
+            super().__init__(params, **{**options, "max_grad_norm": 1e9})
+
+    argv = ["--max-grad-norm", "0.01", "--steps", "20", "--output", str(tmp_path)]
+    assert train.main([*TINY, *argv]) == 0
+    assert train.main([*TINY, *argv], ours=Unclipped) == 1
 
 
 def test_one_step(tmp_path):
@@ -103,7 +140,10 @@ def test_kernels_agree_within_their_tolerance(tmp_path, path):
         (["--context", "50000000"], "got --context 50000000; allowed: less than"),
         (["--lr", "fast"], "got 'fast'; allowed: a finite number that is not negative"),
         (["--device", "tpu"], "got 'tpu'; allowed here: auto, cpu"),
-        (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--policy", "int8"], "invalid choice: 'int8'"),
+        (["--max-grad-norm", "0"], "got --max-grad-norm 0; allowed: a number above 0"),
+        (["--release", "--amp"], "got --release with --max-grad-norm or --amp; allowed: one of them"),
+        (["--release", "--max-grad-norm", "1"], "because gradient release steps before the norm"),
         (["--colour", "red"], "unknown option '--colour'"),
         (["nonsense"], "unknown command 'nonsense'; allowed: "),
     ],
