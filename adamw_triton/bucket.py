@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import launch
 from .checks import check_entries, check_grad, check_param
+from .control import move
 from .functional import step_tensor, step_tensor_reference
 from .layout import is_dense, same_strides
 from .rows import Rows
@@ -108,9 +109,9 @@ class Bucket:
             self._make_statistics()
 
     def _make_statistics(self) -> None:
-        device = self.params[0].device
+        device = self.device
         if self.key.form == "reference":
-            self.statistics = torch.zeros(len(self.params), 2, device=device)
+            self.statistics = torch.zeros(len(self.params), 2, dtype=torch.float64, device=device)
             self._shares = list(self.statistics.unbind())
             return
         configuration = launch.configuration_of(*(dtype.to_real() for dtype in self.key.storage.dtypes))
@@ -118,6 +119,19 @@ class Bucket:
         programs = [launch.n_programs(n, configuration) for n in numels]
         self.statistics = launch.statistics_like(sum(programs), device)
         self._shares = list(self.statistics.split(programs))
+
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
+
+    def set_statistics(self, sums: Tensor) -> None:
+        """Make these the sums until the next step."""
+        if self.statistics is not None:
+            sums = move(sums, self.device)
+            rows = self.statistics.flatten(0, -2)
+            rows[0, :2] = sums
+            if rows.dtype == torch.float32:
+                rows[1, :2] = sums - rows[0, :2]  # what float32 has lost
 
     def step(self, grads: Sequence[Tensor], rows: Rows, control: Tensor | None) -> None:
         """Step all tensors.
@@ -165,3 +179,13 @@ class Bucket:
                 rounding=self.roundings[i],
                 **options,
             )
+
+
+def statistics_of(buckets: Sequence[Bucket], device: torch.device) -> Tensor | None:
+    """Sums of squares of the change of all parameters, and of these: float64 [2] on the device."""
+    sums = [
+        move(bucket.statistics[..., :2].sum(dim=tuple(range(bucket.statistics.dim() - 1)), dtype=torch.float64), device)
+        for bucket in buckets
+        if bucket.statistics is not None
+    ]
+    return torch.stack(sums).sum(dim=0) if sums else None

@@ -118,6 +118,7 @@ class CompiledStep:
 
     # At trace time, and at run time
 
+    @torch._disable_dynamo
     def complete(self, optimizer: AdamW, numbers: Sequence[int]) -> None:
         state = optimizer._watch_state()
         if state is not self.state:
@@ -169,6 +170,8 @@ class CompiledStep:
             groups = [{**live, "params": some} for live, some in zip(optimizer.param_groups, members, strict=True)]
             plan_state = State(dict(zip(views, entries, strict=True)))
         for view, grad in zip(views, grads, strict=True):
+            if grad.dtype != view.dtype:
+                view.grad_dtype = None  # type: ignore[attr-defined]
             view.grad = grad
         now = (groups, plan_state, frame)
         found = None if plan is None else plan.gradients(*now)
@@ -189,7 +192,8 @@ class CompiledStep:
         plan.step(found, optimizer._limits, scaling, optimizer._control_on)
         for view in views:
             view.grad = None
-        torch._foreach_copy_(steps, [plan_state[view]["step"] for view in views])
+        if steps:
+            torch._foreach_copy_(steps, [plan_state[view]["step"] for view in views])
         own = [self.params[number].data_ptr() for number in numbers]
         self._kept = None
         if list(map(Tensor.data_ptr, params)) == own:  # and not copies that live as long as this call

@@ -37,11 +37,11 @@ class Limits(NamedTuple):
         """Refuse limits that are none.
 
         Raises:
-            ValueError: which, and what to do instead.
+            ValueError: which.
         """
         for name in ("max_grad_norm", "skip_grad_norm_above"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, (bool, Tensor)) or not value > 0):
+            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0):
                 raise ValueError(f"{name} must be None or a number above 0; got {value!r}")
         if not isinstance(self.skip_nonfinite, bool):
             raise ValueError(f"skip_nonfinite must be True or False; got {self.skip_nonfinite!r}")

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import checkpoint, graphs, storage
+from .bucket import statistics_of
 from .checks import check_hyper, check_implementation, check_param, check_storage
 from .compiled import CompiledStep
-from .control import Control, Limits, Scaling, move
+from .control import Control, Limits, Scaling
 from .plan import Frame, Plan
 from .release import GradientRelease
 from .scalars import set_initial_lr
@@ -27,6 +28,10 @@ def _limit(name: str) -> Any:
     def set_(self: AdamW, value: Any) -> None:
         limits = self._limits._replace(**{name: value})
         limits.check()
+        if self._release is not None and limits.max_grad_norm is not None:
+            raise ValueError(
+                f"max_grad_norm={value!r}: gradient release steps before the norm of all gradients is known"
+            )
         self._limits = limits
 
     return property(get, set_)
@@ -87,10 +92,12 @@ class AdamW(Optimizer):
 
     Attributes:
         grad_norm: 0-d float64 tensor on the device of the first parameter: norm of all gradients (unscaled, before
-            clipping) at the last step that needed one. Every such step writes it anew: clone what is to be kept.
-        skipped_steps: 0-d int64 tensor there: steps skipped so far.
-        update_norm, param_norm: 0-d float64 tensors there, with `statistics`: norms of the change of all parameters at
-            the last step that was not skipped, and of all parameters after it; both before rounding to their storage.
+            clipping) at the last step with gradients; None without an option that needs it. Every step writes it anew:
+            clone what is to be kept.
+        skipped_steps: 0-d int64 tensor there: steps that this object has skipped; a copy begins with 0.
+        update_norm, param_norm: 0-d float64 tensors there, with `statistics`: norms of the change of all parameters with
+            gradients at the last step that was not skipped, and of these parameters after it; both before rounding to
+            their storage, from sums in float32.
 
     The optimizer reads none of these, so that nothing waits for the device before you do.
 
@@ -155,6 +162,8 @@ class AdamW(Optimizer):
         check_implementation(defaults)
         self._limits = Limits(max_grad_norm, skip_nonfinite, skip_grad_norm_above)
         self._limits.check()
+        if not isinstance(statistics, bool):
+            raise ValueError(f"statistics must be True or False; got {statistics!r}")
         self.statistics = statistics
         self._plan: Plan | None = None
         self._controls: dict[torch.device, Control] = {}
@@ -173,6 +182,10 @@ class AdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with options of its own; refused like the arguments of the class."""
+        if getattr(self, "_release", None) is not None:
+            raise ValueError(
+                "gradient release: remove() its handle before a param group is added, and register again after"
+            )
         if isinstance(param_group, dict):
             options = {**self.defaults, **param_group}
             check_hyper(options)
@@ -259,8 +272,11 @@ class AdamW(Optimizer):
             graphs.refuse(groups)
         if plan is None or grads is None:
             self._graphs.outdated("options, parameters, gradients or state were changed")
+            before = None if plan is None else statistics_of(plan.buckets, plan.buckets[0].device)
             with torch.inference_mode(False):  # state must outlive a step taken in inference mode
                 plan = Plan(*now, only=only, numbers=numbers)
+            if before is not None and plan.buckets:
+                plan.buckets[0].set_statistics(before)  # until a step is not skipped
             if plan.capturable and only is None:
                 self._graphs.watch(plan.params)
             grads = plan.gradients(*now)
@@ -317,14 +333,9 @@ class AdamW(Optimizer):
         return self._norm_of(1)
 
     def _norm_of(self, which: int) -> Tensor | None:
-        buckets = [] if self._plan is None else self._plan.buckets
-        device = self._control().values.device
-        sums = [
-            move(bucket.statistics[..., which].sum(dtype=torch.float64), device)
-            for bucket in buckets
-            if bucket.statistics is not None
-        ]
-        return torch.stack(sums).sum().sqrt() if sums else None
+        plan = self._plan if self._release is None else self._release
+        sums = statistics_of([] if plan is None else plan.buckets, self._control().values.device)
+        return None if sums is None else sums[which].sqrt()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later `load_state_dict` needs, in the form of `torch.optim.AdamW.state_dict`."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .bucket import Bucket
 from .control import Scaling
 from .plan import Plan
 
@@ -34,8 +37,8 @@ def register_gradient_release(model: nn.Module, optimizer: AdamW) -> GradientRel
 
     Raises:
         ValueError: what needs all gradients at once: max_grad_norm, GradScaler (fused=True), gradients that are
-            reduced after they are accumulated (DistributedDataParallel); parameters that are not the model's; a second
-            registration.
+            reduced after they are accumulated (DistributedDataParallel; its `.module` cannot be told from a model of
+            its own, and must not be given either); parameters that are not the model's; a second registration.
     """
     for wrong, what in (
         (
@@ -74,13 +77,25 @@ class GradientRelease:
         self._plans: dict[Tensor, Plan] = {}
         params = [param for group in optimizer.param_groups for param in group["params"]]
         self._numbers = {id(param): number for number, param in enumerate({id(p): p for p in params}.values())}
-        self._group_of = {param: group for group in reversed(optimizer.param_groups) for param in group["params"]}
-        self._hooks: list[Any] = [
-            param.register_post_accumulate_grad_hook(self._on_accumulated)
-            for param in self._group_of
-            if param.requires_grad
-        ]
+        # By index: load_state_dict makes new groups.
+        self._group_of = {
+            param: index
+            for index, group in reversed(list(enumerate(optimizer.param_groups)))
+            for param in group["params"]
+        }
+        self._hooks = list(map(self._hook, self._group_of))
         optimizer._release = self
+
+    def _hook(self, param: Tensor) -> Any:
+        requires_grad = param.requires_grad
+        param.requires_grad_()  # only then it takes hooks, and it may be unfrozen later
+        hook = param.register_post_accumulate_grad_hook(self._on_accumulated)
+        param.requires_grad_(requires_grad)
+        return hook
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return [bucket for plan in self._plans.values() for bucket in plan.buckets]
 
     def remove(self) -> None:
         """Go back to `optimizer.step()`."""
@@ -103,9 +118,10 @@ class GradientRelease:
     def _on_accumulated(self, param: Tensor) -> None:
         if self._accumulating:
             return
-        self._plans[param] = self._optimizer._step_plan(
-            self._plans.get(param), [self._group_of[param]], only=param, numbers=self._numbers
-        )
+        optimizer = self._optimizer
+        optimizer._opt_called = True  # what learning rate schedulers look for
+        group = optimizer.param_groups[self._group_of[param]]
+        self._plans[param] = optimizer._step_plan(self._plans.get(param), [group], only=param, numbers=self._numbers)
         param.grad = None
 
     def refuse_scaling(self, scaling: Scaling) -> None:
@@ -121,5 +137,14 @@ class GradientRelease:
             warnings.warn(
                 f"optimizer.{name}() does nothing: with gradient release parameters are stepped, and gradients freed, "
                 f"during the backward pass",
-                stacklevel=3,
+                stacklevel=_stack_level(),
             )
+
+
+def _stack_level() -> int:
+    """Of the first caller outside of torch and of this package, for whoever calls the caller of this."""
+    inside = tuple(str(Path(module.__file__ or "").parent) for module in (torch, sys.modules[__package__]))
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        level, frame = level + 1, frame.f_back
+    return level

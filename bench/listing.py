@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -133,6 +134,38 @@ def full_block_path(listing: Listing, stored_bytes: int, by_one: Sequence[int] =
     if not candidates:
         raise ValueError(f"no path stores {stored_bytes} bytes a thread without predicates")
     return min(candidates, key=lambda path: (len(accesses(path)), -len(path)))
+
+
+def shortest_path(listing: Listing, loaded_bytes: int) -> list[Instruction]:
+    """The shortest way from the entry to an exit that loads so much, all of it without predicates.
+
+    Raises:
+        ValueError: there is none.
+    """
+    start = (0, 0)  # index, bytes loaded before it
+    came_from: dict[tuple[int, int], tuple[int, int] | None] = {start: None}
+    pending = deque([start])
+    while pending:
+        index, loaded = state = pending.popleft()
+        instruction = listing.instructions[index]
+        if instruction.exits and loaded == loaded_bytes:
+            path: list[Instruction] = []
+            at: tuple[int, int] | None = state
+            while at is not None:
+                path.append(listing.instructions[at[0]])
+                at = came_from[at]
+            return path[::-1]
+        if instruction.is_load:
+            loaded += instruction.bytes
+            if instruction.predicated or loaded > loaded_bytes:
+                continue
+        following = [index + 1] if instruction.falls_through else []
+        following += [] if instruction.target is None else [listing.labels[instruction.target]]
+        for next_index in following:
+            if next_index < len(listing.instructions) and (next_index, loaded) not in came_from:
+                came_from[next_index, loaded] = state
+                pending.append((next_index, loaded))
+    raise ValueError(f"no path loads {loaded_bytes} bytes a thread without predicates")
 
 
 def split_accesses(path: list[Instruction]) -> tuple[list[Instruction], list[Instruction]]:

@@ -41,10 +41,19 @@ from unittest import mock
 import torch
 
 from adamw_triton import launch
+from adamw_triton.control import Control, Scaling
 from adamw_triton.scalars import Scalars
 from adamw_triton.storage import Rounding, Storage, TensorState
 
-from .listing import Instruction, Listing, full_block_path, parse_amdgcn, parse_sass, split_accesses
+from .listing import (
+    Instruction,
+    Listing,
+    full_block_path,
+    parse_amdgcn,
+    parse_sass,
+    shortest_path,
+    split_accesses,
+)
 from .policies import DTYPES, Policy, dtype_name
 
 # backend, architecture, threads of a warp
@@ -55,6 +64,8 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 KERNELS = ("tensor", "table")
+NORM = "norm"  # kernel of the gradient norm, of which only the gradient's dtype and `control` matter
+_NORM_TABLES = 4 + 4 + 8 + 8  # bytes of span, number, address and length
 
 
 FLAGS = ("amsgrad", "maximize", "control", "statistics", "cautious", "scalars_row", "rows", "stochastic")
@@ -211,6 +222,7 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
         driver_for(target),
         mock.patch.object(launch, "adamw_kernel", _Warmup(launch.adamw_kernel, compiled)),
         mock.patch.object(launch, "adamw_table_kernel", _Warmup(launch.adamw_table_kernel, compiled)),
+        mock.patch.object(launch, "grad_norm_kernel", _Warmup(launch.grad_norm_kernel, compiled)),
         mock.patch.object(launch, "NUM_WARPS", 128 // TARGETS[target][2]),  # launch has that of torch's build
     ):
         yield compiled
@@ -236,7 +248,13 @@ def compile_variant(variant: Variant) -> Compiled:
     rounding = Rounding(seed=1, stream=0) if variant.stochastic else None
 
     with compiling(variant.target) as compiled:
-        if variant.kernel == "table":
+        if variant.kernel == NORM:
+            int64, int32 = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int32)
+            norm_table = launch.NormTable(int64, int64, int32, first=0, dtype=grad, aligned=variant.aligned)
+            partials = torch.zeros(2, dtype=torch.float64)
+            control = Control(torch.device("cpu")) if variant.control else None
+            launch.launch_norms([norm_table], partials, int32, control, Scaling(), 1.0, None)
+        elif variant.kernel == "table":
             storage = Storage(param, grad, exp_avg, exp_avg_sq, master, variant.stochastic)
             table = launch.Table(
                 tensors=torch.zeros(1, 4, dtype=torch.int64),
@@ -277,6 +295,12 @@ def analyse(
         resources: `registers`, `shared_bytes`, `local_bytes`, `spills`.
     """
     path = full_block_path(listing, stored_bytes, by_one)
+    return _counted(listing, path, threads=threads, elements=elements, **resources)
+
+
+def _counted(
+    listing: Listing, path: list[Instruction], *, threads: int, elements: int, **resources: int
+) -> MachineCode:
     tensor, uniform = split_accesses(path)
 
     def count(instructions: list[Instruction], pattern: str) -> int:
@@ -301,6 +325,8 @@ def examine(variant: Variant) -> MachineCode:
     """Compile and disassemble one variant, in this process."""
     kernel, block_size = compile_variant(variant)
     threads = kernel.metadata.num_warps * TARGETS[variant.target][2]
+    if variant.kernel == NORM:
+        return _examine_norm(kernel, threads, block_size * int(launch.SPAN_BLOCKS.value) // threads, variant)
     elements = block_size // threads
     listing, resources = disassemble(kernel)
     stored_bytes = elements * sum(variant.written_widths)
@@ -312,6 +338,13 @@ def examine(variant: Variant) -> MachineCode:
         by_one=[4] * variant.scales + [16] * variant.statistics,
         **resources,
     )
+
+
+def _examine_norm(kernel: Any, threads: int, elements: int, variant: Variant) -> MachineCode:
+    listing, resources = disassemble(kernel)
+    # The shortest: a full span, whose squares neither under- nor overflow, of a program that is not the last to finish.
+    path = shortest_path(listing, elements * DTYPES[variant.dtypes[1]].itemsize + _NORM_TABLES)
+    return _counted(listing, path, threads=threads, elements=elements, **resources)
 
 
 def disassemble(kernel: Any) -> tuple[Listing, dict[str, int]]:

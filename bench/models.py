@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from . import common, peers, records, shapes, timing
+from . import common, features, peers, records, shapes, timing
 from .policies import BY_NAME as POLICIES_BY_NAME
 from .policies import Policy
 from .records import Record
@@ -23,7 +23,9 @@ One optimizer step on the parameter lists of real models. wall: from an idle dev
 before. host: until step() returns, a few steps at a time. kernels: GPU time of the kernels of a step, and how many
 there are, by torch.profiler, without a flush. added: what a step allocates at its peak. All providers step the same
 parameters and gradients, in turns; median and 20th and 80th percentile. Lists that do not fit in memory are divided
-like shards, by "scale". Without a GPU only the models that are named are measured."""
+like shards, by "scale". Without a GPU only the models that are named are measured. --with measures, next to torch
+fused with passes of its own, the step with clipping, GradScaler or a CUDA graph around it, and backward pass, step
+and zero_grad with gradient release."""
 
 FREE_SHARE = 0.85  # of the free memory that tensors may take; the rest is for the allocator and the flush
 MANY_TENSORS = 1000  # above this the profiler sees one step instead of three: its events take seconds to read
@@ -135,7 +137,20 @@ def measure_list(
     steps, errors = starter.start(chosen, params, policy, moments)
     for provider, reason in errors.items():
         rows[provider]["error"] = reason
+    time_all(rows, steps, listed, scale, policy, options)
+    return list(rows.values())
 
+
+def time_all(
+    rows: dict[str, Record],
+    steps: dict[str, timing.Call],
+    listed: Sequence[tuple[int, ...]],
+    scale: int,
+    policy: Policy,
+    options: argparse.Namespace,
+) -> None:
+    """Add to the row of each provider what its calls take."""
+    device: torch.device = options.device
     limits = {"samples": options.steps, "seconds": options.seconds}
     wall = timing.wall_ms(steps, device, **limits)
     host = timing.host_us(steps, device, **limits)
@@ -157,7 +172,39 @@ def measure_list(
             fused = records.spread(wall[peers.FUSED])["median"]
             found["fused_over_this"] = fused / found["wall_ms"]["median"]
         rows[provider].update({key: value for key, value in found.items() if value is not None})
-    return list(rows.values())
+
+
+def measure_features(name: str, names: Sequence[str], policy: Policy, options: argparse.Namespace) -> list[Record]:
+    """The step with what is around it: ours has that in the step, torch's in passes of its own."""
+    label = "+".join(names)
+
+    def row(provider: str) -> Record:
+        record = _record(name, policy, peers.BY_NAME.get(provider, peers.BY_NAME[peers.OURS]))
+        return {
+            **record,
+            "case": f"{name} {policy.name} {label}",
+            "provider": provider,
+            "features": label,
+            "differs": "",
+        }
+
+    try:
+        # What no policy has on top, and gradients that torch's passes double for a moment.
+        room = int(FREE_SHARE * free_bytes(options.device) / (bytes_per_element(policy, []) + 8))
+        listed, scale = shapes.scaled(shapes.shapes(name), min(room, options.max_elements))
+        params, moments = peers.problem(listed, policy, options.device)
+        calls, errors = features.start_all(names, params, policy, moments, options.device)
+        rows = {provider: row(provider) for provider in [*calls, *errors]}
+        for provider, reason in errors.items():
+            rows[provider]["error"] = reason
+        if calls:
+            time_all(rows, calls, listed, scale, policy, options)
+        found = list(rows.values())
+    except (RuntimeError, ValueError, peers.Unavailable) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        found = [{**row(provider), "error": lines[0]} for provider in (peers.OURS, peers.FUSED)]
+    gc.collect()
+    return found
 
 
 def measure_model(
@@ -191,6 +238,8 @@ def measure(options: argparse.Namespace) -> list[Record]:
     for policy in policies:
         for name in options.model or shapes.MODELS:
             found += measure_model(name, policy, chosen, options, starter)
+            for names in getattr(options, "with"):
+                found += measure_features(name, names, policy, options)
     for policy in policies:
         for peer in chosen:
             if peer.package == "adamw-triton":
@@ -203,6 +252,12 @@ def add_options(parser: common.Parser) -> None:
     add("--model", action="append", choices=shapes.MODELS, help="may be repeated; without it, all on a GPU")
     add("--peer", action="append", choices=peers.BY_NAME, help="may be repeated; without it, all")
     add("--dtype", action="append", choices=POLICIES_BY_NAME, help="storage policy; may be repeated; without it fp32")
+    add(
+        "--with",
+        type=features.combinations,
+        default=[],
+        help="also with what is around the step, one after the other: clip,amp,graph,release; clip+amp is both at once",
+    )
     add("--steps", type=common.positive_int, default=50, help="samples of each provider and quantity")
     add("--seconds", type=common.non_negative_float, default=0.5, help="of samples of one, at least 3 samples")
     add(

@@ -142,7 +142,7 @@ class Starter:
         return steps, errors
 
 
-def _share(optimizer: Optimizer, params: Sequence[Tensor], moments: Moments, step_on_device: bool = False) -> None:
+def share(optimizer: Optimizer, params: Sequence[Tensor], moments: Moments, step_on_device: bool = False) -> None:
     for param, state in zip(params, moments, strict=True):
         step = torch.zeros((), device=param.device if step_on_device else "cpu")
         optimizer.state[param] = {"step": step, **state}
@@ -151,7 +151,7 @@ def _share(optimizer: Optimizer, params: Sequence[Tensor], moments: Moments, ste
 def _ours(foreach: bool | None) -> Callable[[Sequence[Tensor], Policy, Moments], Stepper]:
     def make(params: Sequence[Tensor], policy: Policy, moments: Moments) -> Stepper:
         optimizer = AdamW(params, **HYPER, **policy.options, foreach=foreach)
-        _share(optimizer, params, moments)
+        share(optimizer, params, moments)
         return optimizer
 
     return make
@@ -159,9 +159,9 @@ def _ours(foreach: bool | None) -> Callable[[Sequence[Tensor], Policy, Moments],
 
 def _torch(**form: Any) -> Callable[[Sequence[Tensor], Policy, Moments], Stepper]:
     def make(params: Sequence[Tensor], policy: Policy, moments: Moments) -> Stepper:
-        _require_floats(policy)
+        require_floats(policy)
         optimizer = torch.optim.AdamW(params, **HYPER, amsgrad=policy.amsgrad, **form)
-        _share(optimizer, params, moments, step_on_device=form.get("fused", False))
+        share(optimizer, params, moments, step_on_device=form.get("fused", False))
         return optimizer
 
     return make
@@ -175,15 +175,15 @@ class _Compiled:
 def _compiled(params: Sequence[Tensor], policy: Policy, moments: Moments) -> Stepper:
     if len(params) > MAX_COMPILED_TENSORS:
         raise Unavailable(f"{len(params)} tensors; more than {MAX_COMPILED_TENSORS} take minutes to compile")
-    _require_floats(policy)
+    require_floats(policy)
     if len(set(policy.dtypes)) > 1:
         raise Unavailable("the step that it compiles needs one dtype for parameters, gradients and moments")
     optimizer = torch.optim.AdamW(params, **HYPER, amsgrad=policy.amsgrad)
-    _share(optimizer, params, moments)
+    share(optimizer, params, moments)
     return _Compiled(optimizer)
 
 
-def _require_floats(policy: Policy) -> None:
+def require_floats(policy: Policy) -> None:
     if not policy.is_plain:
         raise Unavailable("has neither 8-bit moments nor master weights nor stochastic rounding")
 
@@ -191,7 +191,7 @@ def _require_floats(policy: Policy) -> None:
 def _require_plain_state(policy: Policy, *, amsgrad: bool = False, is_8bit: bool = False) -> None:
     if is_8bit and policy.exp_avg == torch.int8 and policy.exp_avg_sq == torch.uint8:
         return  # what it stores is of that kind, if not the same
-    _require_floats(policy)
+    require_floats(policy)
     if policy.amsgrad and not amsgrad:
         raise Unavailable("has no amsgrad")
     if not policy.param == policy.exp_avg == policy.exp_avg_sq:

@@ -14,9 +14,18 @@ from . import common, records
 from .records import Record
 
 COMMANDS = ("static", "arithmetic", "host", "throughput", "models")
+# Of a command, measured after its default options.
+MORE = {
+    "models": [
+        f"--model {model} --dtype {policy} --peer adamw_triton --with clip,amp,graph,release,clip+graph".split()
+        for model in ("resnet-50", "llama-3.2-1b")
+        for policy in ("fp32", "bf16")
+    ],
+}
 NEEDS_GPU = ("throughput", "models")
 DESCRIPTION = """\
-Run static, arithmetic, host, throughput and models with their default options and write one JSON, by default
+Run static, arithmetic, host, throughput and models with their default options, and models with what is around the
+step, and write one JSON, by default
 bench/results/<device>/suite.json. Takes less than 9 minutes with a GPU and 3 without one, where throughput
 and models are marked as not measured."""
 
@@ -33,7 +42,9 @@ def measure(command: str, device: torch.device, console: Console) -> list[Record
     parser = common.Parser(command, "")
     module.add_options(parser)
     start = time.perf_counter()
-    found: list[Record] = module.measure(parser.parse([]))
+    found: list[Record] = []
+    for argv in [[], *MORE.get(command, [])]:
+        found += module.measure(parser.parse(argv))
     console.print(f"{command}: {len(found)} records in {time.perf_counter() - start:.0f} s")
     return found
 

@@ -1,8 +1,9 @@
 """The global norm of all gradients, and what follows from it for the step: one factor and one flag.
 
 Each program sums the squares of one span of a gradient in fp32; the last one to finish adds up all programs' sums, in
-their order and in fp64, so that the same gradients always give the same bits. A lane adds at most SPAN_BLOCKS squares,
-and the tree above it has 11 levels: with unit roundoff 2^-24 the norm's error is at most 8e-7 of it.
+their order and in fp64, so that every run gives the same bits. A lane adds at most SPAN_BLOCKS squares, and the tree
+above it has 11 levels: with unit roundoff 2^-24 the norm's error is at most 8e-7 of it. Squares that leave fp32's range
+are made again from scaled gradients. fp64 gradients are squared and added in fp64, without that.
 
 The clip factor is that of torch.nn.utils.clip_grad_norm_: min(1, max_grad_norm / (norm + 1e-6)).
 """
@@ -89,8 +90,10 @@ def grad_norm_kernel(
     skipped_ptr,
     grad_scale_ptr,
     found_inf_ptr,
-    max_grad_norm,
-    skip_grad_norm_above,
+    max_grad_norm: tl.float64,
+    skip_grad_norm_above: tl.float64,
+    CLIP: tl.constexpr,
+    SKIP: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -104,8 +107,8 @@ def grad_norm_kernel(
     partials_ptr  float64 [n_partials + 1] sums of squares, of all launches
     arrived_ptr   int32                programs that have finished; 0 before and after
 
-    Other arguments are those of `write_control`; without a control_ptr only the sum of all squares is made, at
-    partials_ptr[n_partials]. ALIGNED promises that addresses are multiples of 16 bytes.
+    Other arguments are those of `write_control`, the last two only with CLIP and SKIP; without a control_ptr only the
+    sum of all squares is made, at partials_ptr[n_partials]. ALIGNED promises that addresses are multiples of 16 bytes.
     """
     IS_DOUBLE: tl.constexpr = GRAD_DTYPE == tl.float64
     DTYPE: tl.constexpr = tl.float64 if IS_DOUBLE else tl.float32
@@ -139,5 +142,11 @@ def grad_norm_kernel(
             tl.store(partials_ptr + n_partials, total)
         else:
             write_control(
-                control_ptr, skipped_ptr, total, grad_scale_ptr, found_inf_ptr, max_grad_norm, skip_grad_norm_above
+                control_ptr,
+                skipped_ptr,
+                total,
+                grad_scale_ptr,
+                found_inf_ptr,
+                max_grad_norm if CLIP else None,
+                skip_grad_norm_above if SKIP else None,
             )

@@ -97,8 +97,9 @@ def assert_step(before, after, **options):
 
 
 def bits(tensor):
-    """The tensor's bytes, in which NaNs are equal and zeros have a sign."""
-    return tensor.detach().resolve_conj().contiguous().cpu().reshape(-1).view(torch.uint8)
+    """A copy of the tensor's bytes, in which NaNs are equal and zeros have a sign."""
+    copy = tensor.detach().resolve_conj().clone(memory_format=torch.contiguous_format)
+    return copy.cpu().reshape(-1).view(torch.uint8)
 
 
 class Guarded:
