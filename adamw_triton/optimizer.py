@@ -95,9 +95,9 @@ class AdamW(Optimizer):
             clipping) at the last step with gradients; None without an option that needs it. Every step writes it anew:
             clone what is to be kept.
         skipped_steps: 0-d int64 tensor there: steps that this object has skipped; a copy begins with 0.
-        update_norm, param_norm: 0-d float64 tensors there, with `statistics`: norms of the change of all parameters with
-            gradients at the last step that was not skipped, and of these parameters after it; both before rounding to
-            their storage, from sums in float32.
+        update_norm, param_norm: 0-d float64 tensors there, with `statistics`: norms of the change of all parameters
+            with gradients at the last step that was not skipped, and of these parameters after it; both before
+            rounding to their storage, from sums in float32.
 
     The optimizer reads none of these, so that nothing waits for the device before you do.
 
@@ -272,7 +272,9 @@ class AdamW(Optimizer):
             graphs.refuse(groups)
         if plan is None or grads is None:
             self._graphs.outdated("options, parameters, gradients or state were changed")
-            before = None if plan is None else statistics_of(plan.buckets, plan.buckets[0].device)
+            before = None
+            if plan is not None and plan.frame.statistics:
+                before = statistics_of(plan.buckets, self._control().values.device)
             with torch.inference_mode(False):  # state must outlive a step taken in inference mode
                 plan = Plan(*now, only=only, numbers=numbers)
             if before is not None and plan.buckets:

@@ -27,8 +27,9 @@ Time of step() on the host. On a GPU launches are real, and the queue is drained
 one, the launch is replaced by nothing at the one place that calls kernels, while torch's optimizers on the CPU do
 their (tiny) arithmetic, on one thread. Tensors have 4 elements. "bare scan" reads the addresses of gradients and
 parameters, the least that any step has to. "gradients move" gives every parameter another gradient before each step,
-outside of what is timed. Providers take turns, each with one step before the one that counts; median and 20th and
-80th percentile, without Python's garbage collector."""
+outside of what is timed. "a group each": every tensor is a param group, of three learning rates. Providers take
+turns, each with one step before the one that counts; median and 20th and 80th percentile, without Python's garbage
+collector."""
 
 
 class Provider(NamedTuple):
@@ -45,6 +46,9 @@ def providers(count: int, device: torch.device) -> dict[str, Provider]:
             param.grad = torch.zeros_like(param)
         return made
 
+    def groups() -> list[dict[str, Any]]:
+        return [{"params": [param], "lr": 1e-3 / (1 + i % 3)} for i, param in enumerate(params())]
+
     ours, moving, scanned = AdamW(params()), AdamW(params()), params()
     spare = [[torch.zeros_like(p) for p in moving.param_groups[0]["params"]] for _ in range(2)]
 
@@ -57,7 +61,11 @@ def providers(count: int, device: torch.device) -> dict[str, Provider]:
         "bare scan": Provider(lambda: [(p.grad.data_ptr(), p.data_ptr()) for p in scanned if p.grad is not None]),
         "adamw_triton": Provider(ours.step),
         "adamw_triton, gradients move": Provider(moving.step, before=move),
+        "adamw_triton, clip and skip": Provider(AdamW(params(), max_grad_norm=1.0, skip_nonfinite=True).step),
+        "adamw_triton, capturable": Provider(AdamW(params(), capturable=True).step),
+        "adamw_triton, a group each": Provider(AdamW(groups()).step),
         "torch fused": Provider(torch.optim.AdamW(params(), fused=True).step),
+        "torch fused, a group each": Provider(torch.optim.AdamW(groups(), fused=True).step),
         "torch foreach": Provider(torch.optim.AdamW(params(), foreach=True).step),
         "torch for-loop": Provider(torch.optim.AdamW(params(), foreach=False).step),
     }
@@ -70,7 +78,7 @@ def launches(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
-            for name in ("launch_tensor", "launch_table"):
+            for name in ("launch_tensor", "launch_table", "launch_scalars", "launch_norms"):
                 stack.enter_context(mock.patch.object(launch, name, lambda *args, **options: None))
             stack.enter_context(mock.patch.object(launch, "has_kernels", lambda device: True))
         yield

@@ -67,13 +67,24 @@ def draw_throughput(axes: Axes, found: list[Record]) -> bool:
 
 
 def draw_models(axes: Axes, found: list[Record]) -> bool:
-    found = [r for r in found if r["command"] == "models" and "wall_ms" in r]
+    found = [r for r in found if r["command"] == "models" and "wall_ms" in r and "features" not in r]
     if not found:
         return False
     grouped_bars(axes, found, "wall_ms")
     axes.set_yscale("log")
     axes.set_ylabel("ms per step")
     axes.set_title("Wall time of a step")
+    return True
+
+
+def draw_around(axes: Axes, found: list[Record]) -> bool:
+    found = [r for r in found if r["command"] == "models" and "wall_ms" in r and "features" in r]
+    if not found:
+        return False
+    grouped_bars(axes, found, "wall_ms")
+    axes.set_yscale("log")
+    axes.set_ylabel("ms")
+    axes.set_title("Wall time of a step and what is around it")
     return True
 
 
@@ -156,6 +167,7 @@ def draw_update(axes: Axes, found: list[Record]) -> bool:
 PLOTS: dict[str, Callable[[Axes, list[Record]], bool]] = {
     "throughput": draw_throughput,
     "models": draw_models,
+    "around": draw_around,
     "host": draw_host,
     "bytes": draw_bytes,
     "training": draw_training,

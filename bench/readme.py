@@ -53,7 +53,7 @@ def host(document: dict[str, Any]) -> str:
 
 def static(document: dict[str, Any]) -> str:
     counted = [r for r in document["records"] if r["command"] == "static" and r.get("instructions_per_element")]
-    found = [r for r in counted if "policy" in r]
+    found = [r for r in counted if "policy" in r and "state_bytes" in r]
     targets = list(dict.fromkeys(r["target"] for r in found))
 
     def counts(of_kernel: list[dict[str, Any]]) -> list[str]:
@@ -68,6 +68,30 @@ def static(document: dict[str, Any]) -> str:
     if compared:
         rows.append(["flashoptim, 8-bit and 24-bit: its loop", "tensor", "", *counts(compared)])
     return markdown(["policy", "entry", "bytes", *targets], rows) + conditions(document)
+
+
+def features(document: dict[str, Any]) -> str:
+    """Instructions per element that each feature adds."""
+    found = [r for r in document["records"] if r.get("feature") and "added_instructions" in r]
+    policies, targets = (list(dict.fromkeys(r[key] for r in found)) for key in ("policy", "target"))
+    cells = {(r["feature"], r["policy"], r["target"]): f"{r['added_instructions']:.1f}" for r in found}
+    rows = [
+        [FEATURES[feature], *(" / ".join(cells.get((feature, p, t), "?") for t in targets) for p in policies)]
+        for feature in dict.fromkeys(r["feature"] for r in found)
+    ]
+    return markdown([" / ".join(targets), *policies], rows) + conditions(document)
+
+
+def norm(document: dict[str, Any]) -> str:
+    """Instructions per element of the gradient norm, and the budget of each device."""
+    found = [r for r in document["records"] if r.get("kernel") == "norm" and "instructions_per_element" in r]
+    rows = []
+    for r in found:
+        budgets = [f"{k.split('_')[0].upper()} {v:.0f}" for k, v in r.items() if k.endswith("_instruction_budget")]
+        counts = [f"{r['bytes_per_element']}", f"{r['instructions_per_element']:.1f}", r["access_bytes"]]
+        rows.append([r["policy"], r["target"], *counts, ", ".join(budgets)])
+    headings = ["gradients", "target", "bytes", "instructions", "bytes of an access", "budget"]
+    return markdown(headings, rows) + conditions(document)
 
 
 def arithmetic(document: dict[str, Any]) -> str:
@@ -130,8 +154,16 @@ def train(document: dict[str, Any]) -> str:
     return markdown(headings, rows) + conditions(document)
 
 
+FEATURES = {
+    "control": "factor and flag: clip, unscale, skip",
+    "statistics": "norms of update and parameters",
+    "cautious": "cautious decay",
+    "rows": "several groups in one launch",
+}
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "arithmetic": arithmetic,
+    "features": features,
+    "norm": norm,
     "gradients": gradients,
     "host": host,
     "memory": memory,

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from . import common, flashoptim_code, records
 from .devices import DEVICES, Device
-from .machine_code import KERNELS, TARGETS, Failure, MachineCode, Variant, examine_all
-from .policies import BY_NAME, POLICIES, Policy
+from .machine_code import KERNELS, NORM, TARGETS, Failure, MachineCode, Variant, examine_all
+from .policies import BY_NAME, DTYPES, POLICIES, Policy
 from .records import Record
 
 DESCRIPTION = """
@@ -28,6 +29,10 @@ flashoptim's kernel, if it is installed, is compiled alongside for what is close
 loop the body is counted, without the subroutines that it calls.
 """
 PARAMETERS = 1e9
+FEATURES = ("control", "statistics", "cautious", "rows")  # flags of machine_code.Variant
+FEATURED = ("fp32", "bf16-param-grad", "bf16", "bf16-master24-8bit")  # the policies that they are compiled for
+FEATURE_TARGETS = ("sm_90", "sm_100")
+NORM_DTYPES = ("fp32", "bf16", "fp16")
 COMPARED = "bf16-master24-8bit"  # with flashoptim's kernel
 WIDTH = 170  # of the tables, where there is no terminal
 
@@ -104,6 +109,68 @@ def record_of(target: str, policy: Policy, kernel: str, result: MachineCode | Fa
     return record
 
 
+def measure_features(targets: Sequence[str]) -> list[Record]:
+    """What each feature adds to the kernel of a table, and what the norm of the gradients takes."""
+    found: list[Record] = []
+    for target in targets:
+        plain = [Variant.of(target, "table", BY_NAME[name]) for name in FEATURED]
+        cases = [(variant, feature) for variant in plain for feature in ("", *FEATURES)]
+        variants = [replace(variant, **_flags(feature)) for variant, feature in cases]
+        norms = [Variant(target, NORM, (dtype,) * 4, control=True) for dtype in NORM_DTYPES]
+        results = examine_all([*variants, *norms])
+        without: dict[Variant, float] = {}
+        for (variant, feature), result in zip(cases, results, strict=False):
+            name = FEATURED[plain.index(variant)]
+            record: Record = {
+                "command": "static",
+                "case": f"{name} table {target}" + (f" + {feature}" if feature else ""),
+                "provider": "adamw_triton",
+                "target": target,
+                "policy": name,
+                "kernel": "table",
+                "feature": feature,
+            }
+            if isinstance(result, Failure):
+                found.append(record | {"error": _one_line(result.reason)})
+                continue
+            instructions = result.instructions_per_element
+            without.setdefault(variant, instructions)
+            counts = {"instructions_per_element": instructions, "added_instructions": instructions - without[variant]}
+            found.append(record | counts | {"registers": result.registers, "spills": result.spills})
+        for variant, result in zip(norms, results[len(cases) :], strict=True):
+            found.append(_norm_record(variant, result))
+    return found
+
+
+def _flags(feature: str) -> dict[str, Any]:
+    return {feature: True} if feature else {}
+
+
+def _norm_record(variant: Variant, result: MachineCode | Failure) -> Record:
+    dtype = variant.dtypes[1]
+    moved = DTYPES[dtype].itemsize
+    record: Record = {
+        "command": "static",
+        "case": f"norm of {dtype} gradients {variant.target}",
+        "provider": "adamw_triton",
+        "target": variant.target,
+        "kernel": NORM,
+        "policy": dtype,
+        "bytes_per_element": moved,
+    }
+    if isinstance(result, Failure):
+        return record | {"error": _one_line(result.reason)}
+    record |= {
+        "instructions_per_element": result.instructions_per_element,
+        "registers": result.registers,
+        "spills": result.spills,
+        "access_bytes": ", ".join(map(str, sorted(set(result.loads)))),
+    }
+    for device in devices_of(variant.target):
+        record[f"{device.key}_instruction_budget"] = device.instruction_budget(moved)
+    return record
+
+
 def peer_record(target: str) -> Record:
     """flashoptim's kernel for the policy that is closest, if it is installed."""
     return {
@@ -131,11 +198,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     repeatable("--target", list(TARGETS), "architecture to compile for; repeatable (default: all)")
     repeatable("--policy", list(BY_NAME), "storage policy; repeatable (default: all)")
+    help = f"instead: what each feature adds, and the norm of the gradients (default: {', '.join(FEATURE_TARGETS)})"
+    parser.add_argument("--features", action="store_true", help=help)
 
 
 def measure(options: argparse.Namespace) -> list[Record]:
     """Compile; a target or variant that cannot be compiled is a record with `error`."""
     found: list[Record] = []
+    if getattr(options, "features", False):
+        return measure_features(list(dict.fromkeys(getattr(options, "target", FEATURE_TARGETS))))
     for target in dict.fromkeys(getattr(options, "target", TARGETS)):
         names = dict.fromkeys(getattr(options, "policy", BY_NAME))
         cases = [(policy, kernel) for policy in POLICIES if policy.name in names for kernel in KERNELS]
@@ -160,6 +231,7 @@ def show(console: Console, found: Sequence[Record]) -> None:
             "shared_bytes": "smem B",
             "access_bytes": "access B",
             "instructions_per_element": "instr/el",
+            "added_instructions": "added",
             "mufu_per_element": "MUFU/el",
             "bytes_per_element": "B/el",
         }

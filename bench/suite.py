@@ -16,6 +16,7 @@ from .records import Record
 COMMANDS = ("static", "arithmetic", "host", "throughput", "models")
 # Of a command, measured after its default options.
 MORE = {
+    "static": [["--features"]],
     "models": [
         f"--model {model} --dtype {policy} --peer adamw_triton --with clip,amp,graph,release,clip+graph".split()
         for model in ("resnet-50", "llama-3.2-1b")

@@ -10,7 +10,7 @@ from torch.autograd import DeviceType
 
 from adamw_triton import launch
 from adamw_triton.storage import Rounding, TensorState
-from bench import common, models, peers, records, roofs, throughput, timing, tune
+from bench import common, features, models, peers, records, roofs, throughput, timing, tune
 from bench.policies import BY_NAME, POLICIES
 
 CPU = torch.device("cpu")
@@ -312,6 +312,47 @@ def test_models_on_the_cpu(reference):
     assert rows[-1]["fused_over_this"] == pytest.approx(1)
 
 
+def test_models_with_what_is_around_the_step(reference):
+    names = "clip,amp,clip+amp,graph,release"
+    rows = models.measure(options_of(*SMALL, "--peer", "adamw_triton", "--with", names))
+    by_case = {}
+    for row in rows[1:]:
+        by_case.setdefault(row["features"], {})[row["provider"]] = row
+    assert list(by_case) == names.split(",")
+    for name in ("clip", "amp", "clip+amp"):
+        assert set(by_case[name]) == {"adamw_triton", "torch fused"}
+    assert set(by_case["release"]) == {
+        "adamw_triton", "torch fused", features.RELEASED, features.IN_BACKWARD,
+    }  # fmt: skip
+    assert all(row["error"] == "CUDA graphs need a GPU" for row in by_case["graph"].values())
+    for name, providers in by_case.items():
+        for provider, row in providers.items():
+            assert row["case"] == f"resnet-50 fp32 {name}"
+            if name != "graph":
+                assert "error" not in row and row["wall_ms"]["median"] > 0, provider
+
+
+@pytest.mark.parametrize("names", [("clip",), ("amp",), ("clip", "amp"), ("release",)], ids="+".join)
+def test_what_is_around_the_step_ends_alike(names, path):
+    """Every provider on parameters of its own: what is timed does what it says."""
+    ends = {}
+    torch.manual_seed(3)
+    start, _ = peers.problem([(40, 30), (7,)], BY_NAME["fp32"], CPU)
+    for provider in features.starters(names, start, BY_NAME["fp32"], [{}, {}], CPU):
+        params, moments = peers.problem([(40, 30), (7,)], BY_NAME["fp32"], CPU)
+        for param, other in zip(params, start, strict=True):
+            param.data.copy_(other)
+            param.grad = torch.full_like(param, 0.3)
+        call = features.starters(names, params, BY_NAME["fp32"], moments, CPU)[provider]()
+        for _ in range(3):
+            call()
+        ends[provider] = [p.detach().clone() for p in params]
+    first, *others = ends.values()
+    assert others and not torch.equal(first[0], start[0])
+    for end in others:
+        torch.testing.assert_close(end, first, rtol=1e-6, atol=1e-7)
+
+
 def test_wrong_results_are_not_timed(reference, monkeypatch):
     kept = models.measure(options_of(*SMALL, "--peer", "adamw_triton"))
     assert "error" not in kept[0]
@@ -392,6 +433,9 @@ def test_commands_mark_what_they_cannot_measure(module, count, tmp_path, capsys)
         (models, ["--peer", "sgd"], "torch fused"),
         (models, ["--seconds", "nan"], "finite"),
         (models, ["--modle", "resnet-50"], "--model"),
+        (models, ["--with", "clip,sgd"], "clip, amp, graph, release"),
+        (models, ["--with", "clip+release"], "release alone"),
+        (models, ["--with", "amp+graph"], "amp or graph"),
         (tune, ["--entry", "both"], "table"),
         (tune, ["--size", "many"], "2^20"),
         (tune, ["--device", "tpu"], "cpu"),

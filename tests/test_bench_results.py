@@ -53,6 +53,24 @@ def all_records():
             for provider, ms in (("torch fused", 2.0), ("adamw_triton", 1.0))
         ),
         {"command": "models", "case": "gpt-2", "provider": "torchao 8-bit", "error": "not installed"},
+        *(
+            {"command": "models", "case": f"gpt-2 {name}", "provider": p, "features": name, "wall_ms": spread(ms)}
+            for name in ("clip", "release")
+            for p, ms in (("torch fused", 3.0), ("adamw_triton", 1.0))
+        ),
+        *(
+            {
+                "command": "static", "case": f"fp32 table sm_90 + {name}", "provider": "adamw_triton", "policy": "fp32",
+                "kernel": "table", "target": "sm_90", "feature": name, "instructions_per_element": 36.1 + added,
+                "added_instructions": added,
+            }
+            for name, added in (("", 0.0), ("control", 2.0))
+        ),
+        {
+            "command": "static", "case": "norm of bf16 gradients sm_90", "provider": "adamw_triton", "policy": "bf16",
+            "kernel": "norm", "target": "sm_90", "instructions_per_element": 4.4, "bytes_per_element": 2,
+            "access_bytes": "16", "h100_instruction_budget": 19.97,
+        },
         {
             "command": "static", "case": "fp32 table sm_90", "provider": "adamw_triton", "policy": "fp32",
             "kernel": "table", "target": "sm_90", "instructions_per_element": 36.1, "bytes_per_element": 28,
@@ -112,7 +130,7 @@ def test_plots_render_from_json_alone(tmp_path, capsys):
     path = document(tmp_path, all_records())
     assert plot.main([str(path), "--output", str(tmp_path / "plots")]) == 0
     made = sorted(tmp_path.glob("plots/*.png"))
-    assert [p.stem for p in made] == ["bytes", "host", "models", "throughput", "training", "update"]
+    assert [p.stem for p in made] == ["around", "bytes", "host", "models", "throughput", "training", "update"]
     assert all(p.read_bytes().startswith(b"\x89PNG") and p.stat().st_size > 10_000 for p in made)
     capsys.readouterr()
     assert plot.main([str(document(tmp_path, host_records(), "few.json")), "--output", str(tmp_path / "few")]) == 0
@@ -125,6 +143,7 @@ def test_readme_tables(tmp_path, monkeypatch, capsys):
     document(tmp_path, all_records())
     text = (
         "before\n<!-- table host result.json -->\nold\n<!-- end -->\n<!-- table static result.json -->\n<!-- end -->\n"
+        "<!-- table features result.json -->\n<!-- end -->\n<!-- table norm result.json -->\n<!-- end -->\n"
     )
     (tmp_path / "README.md").write_text(text)
     assert readme.main(["--check"]) == 1
@@ -132,6 +151,8 @@ def test_readme_tables(tmp_path, monkeypatch, capsys):
     assert readme.main([]) == 0
     new = (tmp_path / "README.md").read_text()
     assert "| adamw_triton | 4 | 40 |  |" in new and "| fp32 | table | 28 | 36.1 |" in new and "old" not in new
+    assert "| factor and flag: clip, unscale, skip | 2.0 |" in new and "| sm_90 | fp32 |" in new
+    assert "| bf16 | sm_90 | 2 | 4.4 | 16 | H100 20 |" in new
     assert new.startswith("before\n")
     assert readme.main(["--check"]) == 0
 

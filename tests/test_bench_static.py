@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -187,6 +188,24 @@ def test_everything_by_default_and_each_choice_once(monkeypatch):
     some = run(monkeypatch, lambda variants: [CODE] * len(variants), target=["gfx942", "gfx942"], policy=["fp16"])
     assert [record["case"] for record in some] == ["fp16 tensor gfx942", "fp16 table gfx942"]
     assert all("mi300x_ms" in record for record in some)
+
+
+def test_features_are_counted_against_the_plain_kernel(monkeypatch):
+    def examine(variants):
+        return [
+            Failure("no") if variant.cautious else replace(CODE, instructions=CODE.instructions + 8 * variant.control)
+            for variant in variants
+        ]
+
+    found = run(monkeypatch, examine, features=True, target=["sm_90"])
+    names = ("", *static.FEATURES)
+    assert [r.get("feature") for r in found] == [*names * len(static.FEATURED), *[None] * len(static.NORM_DTYPES)]
+    for record in found[: len(names)]:
+        if record["feature"] == "cautious":
+            assert record["error"] == "no"
+        else:
+            assert record["added_instructions"] == (8 / CODE.elements if record["feature"] == "control" else 0)
+    assert found[-1]["kernel"] == "norm" and found[-1]["h100_instruction_budget"] > 0
 
 
 def test_what_cannot_be_compiled_is_a_row(monkeypatch):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from adamw_triton import AdamW, launch
+from adamw_triton import AdamW, launch, register_gradient_release
+from adamw_triton.control import Control, Scaling
 
 pytestmark = pytest.mark.gpu
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
@@ -169,3 +170,163 @@ def test_large_random_tensor_against_torch_fused(dtype):
         reference.step()
     ulp = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
     torch.testing.assert_close(ours, theirs, rtol=ulp, atol=ulp * 0.1)
+
+
+# Around the step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_norm_of_many_programs(dtype):
+    """Which of them comes last is another one each time; the norm has the same bits."""
+    params = [nn.Parameter(torch.zeros(n, dtype=dtype, device="cuda")) for n in (50_000_019, 3, 1_000_000, 7777)]
+    optimizer = AdamW(params, max_grad_norm=float("inf"))
+    for p in params:
+        p.grad = torch.randn_like(p)
+    exact = sum(p.grad.double().square().sum() for p in params).sqrt()
+    norms = []
+    for _ in range(50):
+        optimizer.step()
+        norms.append(optimizer.grad_norm.clone())
+    assert len({norm.item() for norm in norms}) == 1
+    assert abs(norms[0] / exact - 1) < 1e-6
+
+
+def test_norm_of_constant_gradients_in_more_than_2_31_elements():
+    param = torch.empty(2**31 + 7, dtype=torch.bfloat16, device="cuda")
+    for value in (0.1, 1 / 3, 7e-5):
+        param.grad = torch.full_like(param, value)
+        control = Control(param.device)
+        numels = torch.tensor([param.numel()], device="cuda")
+        addresses = torch.tensor([param.grad.data_ptr()], device="cuda")
+        table = launch.NormTable.of(addresses, numels, [0], first=0, dtype=torch.bfloat16, aligned=True)
+        partials = torch.zeros(table.spans.shape[0] + 1, dtype=torch.float64, device="cuda")
+        arrived = torch.zeros(1, dtype=torch.int32, device="cuda")
+        launch.launch_norms([table], partials, arrived, control, Scaling(), None, None)
+        exact = float(param.grad[0].double()) * param.numel() ** 0.5
+        assert abs(float(control.values[2]) / exact - 1) < 1e-6
+        assert arrived.item() == 0
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_graph_of_a_training_step(clip):
+    """Forward, backward, step and what is around it, replayed while the learning rate and decay change: as eager."""
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(64, 128), nn.Tanh(), nn.Linear(128, 64)).cuda()
+    eager = copy.deepcopy(ours)
+    inputs = torch.randn(32, 64, device="cuda")
+    rates = [torch.tensor(1e-2, device="cuda") for _ in range(2)]
+    decays = [torch.tensor(0.1, device="cuda") for _ in range(2)]
+    optimizers = [
+        AdamW(
+            [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": lr, "weight_decay": decay}],
+            lr=1e-3,
+            capturable=True,
+            max_grad_norm=clip,
+            skip_nonfinite=True,
+        )
+        for model, lr, decay in zip((ours, eager), rates, decays, strict=True)
+    ]
+
+    def train_step(model, optimizer):
+        optimizer.zero_grad()
+        model(inputs).square().mean().backward()
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            train_step(ours, optimizers[0])
+    torch.cuda.current_stream().wait_stream(stream)
+    optimizers[0].zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ours(inputs).square().mean().backward()
+        optimizers[0].step()
+    for _ in range(3):
+        train_step(eager, optimizers[1])
+    for i in range(6):
+        inputs.normal_()
+        if i == 3:
+            inputs[0, 0] = float("nan")
+        for lr, decay in zip(rates, decays, strict=True):
+            lr.fill_(1e-2 / (i + 1))
+            decay.fill_(0.1 * i)
+        graph.replay()
+        train_step(eager, optimizers[1])
+        assert all(map(torch.equal, ours.parameters(), eager.parameters()))
+    assert optimizers[0].skipped_steps == optimizers[1].skipped_steps == 1
+    assert {float(optimizers[0].state[p]["step"]) for p in ours.parameters()} == {8.0}
+
+
+def test_graph_of_the_step_alone():
+    ours, theirs = make(4)
+    options = {**OPTIONS, "capturable": True, "max_grad_norm": 1.0}
+    mine, other = AdamW(ours, **options), AdamW(theirs, **options)
+    for p, q in zip(ours, theirs, strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    mine.step()
+    other.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        mine.step()
+    for p in ours:
+        p.grad.normal_()
+    for _ in range(3):
+        for p, q in zip(ours, theirs, strict=True):
+            q.grad.copy_(p.grad)
+        graph.replay()
+        other.step()
+        assert all(map(torch.equal, ours, theirs))
+    with pytest.raises(RuntimeError, match="zero_grad"):
+        mine.zero_grad()
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("groups", [1, 5])
+def test_no_synchronisation_around_the_step(capturable, groups):
+    ours, _ = make(10)
+    optimizer = AdamW(
+        [{"params": ours[i::groups], "lr": 1e-3 * (i + 1)} for i in range(groups)],
+        capturable=capturable,
+        fused=True,
+        max_grad_norm=1.0,
+        skip_nonfinite=True,
+        statistics=True,
+    )
+    optimizer.grad_scale, optimizer.found_inf = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda")
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(3):
+            for p in ours:
+                p.grad = p.grad.clone()
+            for group in optimizer.param_groups:
+                group["lr"] = 1e-3 / (i + 1)
+            optimizer.step()
+            assert optimizer.grad_norm is not None and optimizer.update_norm is not None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_of_gradient_release():
+    """Of 20 equal gradients, at most two are alive at once."""
+    size = 4 * 1_000_000
+    params = nn.ParameterList([nn.Parameter(torch.randn(1_000_000, device="cuda")) for _ in range(20)])
+    optimizer = AdamW(params)
+    register_gradient_release(params, optimizer)
+
+    def backward():
+        torch.autograd.backward([(p * p).sum() for p in params])
+
+    backward()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    losses = [(p * p).sum() for p in params]
+    before = torch.cuda.memory_allocated()
+    torch.autograd.backward(losses)
+    temporaries = 2 * size  # of the backward pass of p * p itself
+    assert torch.cuda.max_memory_allocated() - before <= 2 * size + temporaries + 2**20
+    assert all(p.grad is None for p in params)
