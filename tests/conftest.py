@@ -61,7 +61,7 @@ def poisoned_memory():
 def launches(monkeypatch):
     """Records (kernel, number of programs) of every launch."""
     seen = []
-    for name in ("adamw_kernel", "adamw_table_kernel"):
+    for name in ("adamw_kernel", "adamw_table_kernel", "grad_norm_kernel", "scalars_kernel"):
         kernel = getattr(launch, name)
 
         class Recorder:

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import bits
+from helpers import bits, step_both
 from torch import nn
 
 from adamw_triton import AdamW, graphs, launch
@@ -101,21 +101,12 @@ def pair(device, *, n_groups=1, **options):
     return ours, theirs, mine, torch.optim.AdamW(groups(theirs), foreach=False, **OPTIONS)
 
 
-def step(ours, theirs, mine, reference):
-    for p, q in zip(ours, theirs, strict=True):
-        p.grad = torch.randn_like(p)
-        q.grad = p.grad.clone()
-    mine.step()
-    reference.step()
-    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
-
-
 @pytest.mark.parametrize("n_groups", [1, 5])
 @pytest.mark.parametrize("foreach", [True, False])
 def test_same_as_torch(n_groups, foreach, device, path):
     ours, theirs, mine, reference = pair(device, n_groups=n_groups, foreach=foreach)
     for _ in range(4):
-        step(ours, theirs, mine, reference)
+        step_both(ours, theirs, mine, reference)
         for optimizer in (mine, reference):
             for group in optimizer.param_groups:
                 group["lr"] *= 0.5
@@ -149,7 +140,7 @@ def test_hyper_parameters_in_tensors_change_in_place(dtype, device, path):
     mine = AdamW(ours, lr=lr, betas=(beta1, beta2), weight_decay=weight_decay, capturable=True)
     reference.param_groups[0]["lr"] = 1e-2
     for i in range(5):
-        step(ours, theirs, mine, reference)
+        step_both(ours, theirs, mine, reference)
         known = mine._plan if i else None
         assert known is None or known is mine._plan
         values = (1e-2 / (i + 2), 0.1 * i, 0.9 + 0.01 * i, 0.3 / (i + 1))
@@ -178,14 +169,14 @@ def test_tensors_are_read_where_they_are_when_the_step_runs(device):
 def test_checkpoint_between_capturable_and_host(device, path):
     ours, theirs, mine, reference = pair(device)
     for _ in range(2):
-        step(ours, theirs, mine, reference)
+        step_both(ours, theirs, mine, reference)
     for capturable in (False, True):
         fresh = AdamW([{"params": ours}], capturable=capturable, **OPTIONS)
         fresh.load_state_dict(mine.state_dict())
         assert fresh.param_groups[0]["capturable"] is capturable
         mine = fresh
         for _ in range(2):
-            step(ours, theirs, mine, reference)
+            step_both(ours, theirs, mine, reference)
     assert {float(mine.state[p]["step"]) for p in ours} == {6.0}
 
 
@@ -194,7 +185,7 @@ def test_switched_on_between_steps(device, path):
     for capturable in (True, False, True):
         mine.param_groups[0]["capturable"] = capturable
         for _ in range(2):
-            step(ours, theirs, mine, reference)
+            step_both(ours, theirs, mine, reference)
 
 
 # What happens in a capture, without one

@@ -14,8 +14,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import UNIT, Guarded, storage_units, truncates_bf16
-from helpers import bits as bits_of
+from helpers import UNIT, Guarded, bits, storage_units, truncates_bf16
 from torch import nn
 
 from adamw_triton import AdamW, launch, storage
@@ -32,11 +31,6 @@ GROUPS = (
 # Of each group: several blocks with a tail, one element, none, two dimensions.
 SIZES = (((37, 29), (1,)), ((1025,), (0,), (130,)), ((3, 5, 7),))
 INF, NAN = math.inf, math.nan
-
-
-def bits(tensor):
-    """A copy of the bytes: on the CPU, the helper's are the tensor's own memory, and would change with it."""
-    return bits_of(tensor.detach().clone(memory_format=torch.contiguous_format))
 
 
 def limits_of(optimizer):
@@ -787,23 +781,6 @@ def test_no_step_reads_a_tensor_on_the_host(options, scaler, capturable, n_group
     assert calls == expected * 3
 
 
-@pytest.fixture
-def all_launches(launches, monkeypatch):
-    """As `launches`, with those of the norm and of the scalars."""
-    for name in ("grad_norm_kernel", "scalars_kernel"):
-
-        class Recorder:
-            def __init__(self, name, kernel):
-                self.name, self.kernel = name, kernel
-
-            def __getitem__(self, grid):
-                launches.append((self.name, grid[0]))
-                return self.kernel[grid]
-
-        monkeypatch.setattr(launch, name, Recorder(name, getattr(launch, name)))
-    return launches
-
-
 UPDATE, NORMS, SCALARS = "adamw_table_kernel", "grad_norm_kernel", "scalars_kernel"
 
 
@@ -821,21 +798,21 @@ UPDATE, NORMS, SCALARS = "adamw_table_kernel", "grad_norm_kernel", "scalars_kern
     ],
     ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
 )
-def test_launches_of_a_step(options, expected, n_groups, device, all_launches):
+def test_launches_of_a_step(options, expected, n_groups, device, launches):
     """As many for 20 groups, with learning rates of their own, as for one."""
     _, optimizer = several(device, n_groups, **options)
     for _ in range(2):  # the step that makes the plan, and one that has it
-        all_launches.clear()
+        launches.clear()
         optimizer.step()
-        assert [name for name, _ in all_launches] == expected
+        assert [name for name, _ in launches] == expected
 
 
-def test_launches_with_grad_scaler(device, all_launches):
+def test_launches_with_grad_scaler(device, launches):
     """The scaler's verdict costs the launch that counts; the norm one more."""
     for options, expected in (({}, [SCALARS, UPDATE]), ({"max_grad_norm": 5.0}, [NORMS, SCALARS, UPDATE])):
         _, optimizer = several(device, 3, fused=True, **options)
         optimizer.found_inf = torch.zeros(1, device=device)
         optimizer.grad_scale = torch.full((1,), 4.0, device=device)
-        all_launches.clear()
+        launches.clear()
         optimizer.step()
-        assert [name for name, _ in all_launches] == expected
+        assert [name for name, _ in launches] == expected

@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from helpers import step_both
 from torch import nn
 
 from adamw_triton import AdamW, launch
@@ -21,18 +22,9 @@ def make(device, n=4, **options):
     return ours, theirs, AdamW(ours, **OPTIONS, **options), torch.optim.AdamW(theirs, foreach=False, **OPTIONS)
 
 
-def step(ours, theirs, mine, reference):
-    for p, q in zip(ours, theirs, strict=True):
-        p.grad = torch.randn_like(p)
-        q.grad = p.grad.clone()
-    mine.step()
-    reference.step()
-    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
-
-
 def test_one_launch_for_each_bucket(device, launches):
     ours, theirs, mine, reference = make(device, 7)
-    step(ours, theirs, mine, reference)
+    step_both(ours, theirs, mine, reference)
     assert launches == [("adamw_table_kernel", 7 * 2)]  # 1200 elements in blocks of 1024
     launches.clear()
     mine.add_param_group(
@@ -48,7 +40,7 @@ def test_launch_form(device, launches):
     def kernels(n, **options):
         launches.clear()
         ours, theirs, mine, reference = make(device, n, **options)
-        step(ours, theirs, mine, reference)
+        step_both(ours, theirs, mine, reference)
         return [name for name, _ in launches]
 
     assert kernels(3, foreach=False) == ["adamw_kernel"] * 3
@@ -74,18 +66,18 @@ def test_unaligned_tensors_have_a_launch_of_their_own(device, launches):
 
 def test_the_plan_is_kept(device, monkeypatch):
     ours, theirs, mine, reference = make(device)
-    step(ours, theirs, mine, reference)
+    step_both(ours, theirs, mine, reference)
     known = mine._plan
     for i in range(5):
         mine.param_groups[0]["lr"] = 0.1 / (i + 1)
         reference.param_groups[0]["lr"] = 0.1 / (i + 1)
-        step(ours, theirs, mine, reference)
+        step_both(ours, theirs, mine, reference)
         assert mine._plan is known
 
 
 def test_steady_state_uploads_nothing_and_allocates_nothing(device, monkeypatch):
     ours, theirs, mine, reference = make(device)
-    step(ours, theirs, mine, reference)
+    step_both(ours, theirs, mine, reference)
     uploads, operations = [], []
     monkeypatch.setattr(Upload, "write", lambda self, values, capturing: uploads.append(values))
     # The interpreter copies its arguments around.
@@ -111,7 +103,7 @@ def test_gradient_table_follows_moving_gradients(device):
     ours, theirs, mine, reference = make(device)
     kept = []
     for _ in range(5):
-        step(ours, theirs, mine, reference)
+        step_both(ours, theirs, mine, reference)
         kept += [p.grad for p in ours]
         table = mine._plan.buckets[0].table
         assert table.grads.tolist() == [p.grad.data_ptr() for p in mine._plan.params]
@@ -235,10 +227,10 @@ CHANGES = [
 def test_changes_are_noticed(change, foreach, device, path):
     ours, theirs, mine, reference = make(device, foreach=foreach)
     for _ in range(2):
-        step(ours, theirs, mine, reference)
+        step_both(ours, theirs, mine, reference)
     change(ours, theirs, mine, reference)
     for _ in range(2):
-        step(ours, theirs, mine, reference)
+        step_both(ours, theirs, mine, reference)
 
 
 def test_square_transposed_in_place(device, path):
@@ -247,11 +239,11 @@ def test_square_transposed_in_place(device, path):
         nn.Parameter(torch.randn(30, 30, generator=torch.Generator().manual_seed(1)).to(device)) for _ in range(2)
     )
     mine, reference = AdamW([ours], **OPTIONS), torch.optim.AdamW([theirs], foreach=False, **OPTIONS)
-    step([ours], [theirs], mine, reference)
+    step_both([ours], [theirs], mine, reference)
     for p in (ours, theirs):
         p.data = p.data.t()
     for _ in range(2):
-        step([ours], [theirs], mine, reference)
+        step_both([ours], [theirs], mine, reference)
 
 
 def test_parameter_shrunk_in_place(device, path):
@@ -327,7 +319,7 @@ def test_many_groups_of_one_tensor(device, path):
     mine = AdamW([{"params": [p], "lr": 10.0**-i} for i, p in enumerate(ours)])
     reference = torch.optim.AdamW([{"params": [p], "lr": 10.0**-i} for i, p in enumerate(theirs)], foreach=False)
     for _ in range(3):
-        step(ours, theirs, mine, reference)
+        step_both(ours, theirs, mine, reference)
 
 
 def test_a_plan_keeps_no_gradient_alive(device, path):

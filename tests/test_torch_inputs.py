@@ -6,6 +6,7 @@ import torch
 from adamw_triton import AdamW
 
 pytest.importorskip("expecttest", reason="torch's own test utilities need it")
+from helpers import step_both
 from torch.testing._internal.common_optimizers import optim_db
 
 INFO = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
@@ -18,7 +19,7 @@ ERRORS = INFO.optim_error_inputs_func(device=DEVICE, dtype=torch.float32)
 @pytest.mark.parametrize("inputs", INPUTS, ids=lambda x: x.desc)
 def test_inputs(inputs, dtype, device, path):
     options = dict(inputs.kwargs)
-    if options.pop("capturable", False) or options.pop("differentiable", False):
+    if options.pop("differentiable", False):
         with pytest.raises(ValueError, match="is not supported"):
             AdamW([torch.zeros(1, requires_grad=True)], **inputs.kwargs)
     ours = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in ((4, 5), (5,), (1,), ())]
@@ -26,12 +27,7 @@ def test_inputs(inputs, dtype, device, path):
     mine = AdamW(ours, **options)
     reference = torch.optim.AdamW(theirs, **{**options, "foreach": False, "fused": None})
     for _ in range(5):
-        for p, q in zip(ours, theirs, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        mine.step()
-        reference.step()
-    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
+        step_both(ours, theirs, mine, reference)
 
 
 # Limits of torch's foreach and for-loop that ours does not have.
