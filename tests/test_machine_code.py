@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from helpers import compiled_or_skipped
 
-from bench.listing import parse_amdgcn, parse_sass, paths
+from bench.listing import parse_amdgcn, parse_sass, paths, shortest_path
 from bench.machine_code import KERNELS, TARGETS, Variant, analyse, examine_all
 
 TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
@@ -293,6 +293,19 @@ def test_refuses_predicated_accesses_and_loops():
         analyse_sass(sass(".L_x_0:", "IADD3 R0, R0, 0x1, RZ", "@P0 BRA `(.L_x_0)", "EXIT"))
     with pytest.raises(ValueError, match="cannot tell"):
         parse_sass(sass("BRX R4 -0x10"))
+
+
+def test_finds_the_shortest_path_past_loops_and_slow_ways():
+    """Of those that load so much: not the loop, which needs more instructions, nor what loads more or predicated."""
+    loop = (".L_x_1:", "LDG.E.128 R8, [R4.64]", "IADD3 R4, R4, R5, RZ", "@P1 BRA `(.L_x_1)", "BRA `(.L_x_2)")
+    full = (".L_x_0:", "LDG.E.128 R8, [R4.64]", "LDG.E.128 R12, [R4.64+0x10]")
+    rest = (".L_x_2:", "@!P2 BRA `(.L_x_3)", "LDG.E.128 R8, [R4.64]", ".L_x_3:", "STG.E.64 [R2.64], R8", "EXIT")
+    text = sass(*PROLOGUE, "@P0 BRA `(.L_x_0)", "@P3 LDG.E.128 R8, [R4.64]", *loop, *full, *rest)
+    path = shortest_path(parse_sass(text), 8 + 32)
+    assert [i.bytes for i in path if i.is_load] == [8, 16, 16]
+    assert len(path) == len(PROLOGUE) + 1 + 2 + 1 + 2
+    with pytest.raises(ValueError, match="no path loads 999 bytes"):
+        shortest_path(parse_sass(text), 999)
 
 
 def test_sees_narrow_accesses():
