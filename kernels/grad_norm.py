@@ -41,8 +41,10 @@ def _sum_of_squares(ptr, remaining, scale, DTYPE: tl.constexpr, BLOCK_SIZE: tl.c
     else:
         tail = remaining.to(tl.int32)
         full = tail // BLOCK_SIZE * BLOCK_SIZE
-        for start in range(0, full, BLOCK_SIZE):
+        start = tail * 0
+        while start < full:  # not range, whose bounds Triton 3.4's interpreter cannot read from memory
             squares, largest = _square_and_add(ptr + start + offsets, None, scale, squares, largest)
+            start += BLOCK_SIZE
         squares, largest = _square_and_add(ptr + full + offsets, full + offsets < tail, scale, squares, largest)
     largest = tl.where(largest == largest, largest, 0.0)  # a NaN is in the sum
     return tl.sum(squares, axis=0).to(tl.float64), tl.max(largest, axis=0)
