@@ -136,9 +136,11 @@ def grad_norm_kernel(
         tl.store(arrived_ptr, 0)
         offsets = tl.arange(0, 1024)
         sums = tl.zeros((1024,), tl.float64)
-        for begin in range(0, n_partials, 1024):
+        begin = n_partials * 0
+        while begin < n_partials:
             index = begin + offsets
             sums += tl.load(partials_ptr + index, mask=index < n_partials, other=0.0, cache_modifier=".cg")
+            begin += 1024
         total = tl.sum(sums, axis=0)
         if control_ptr is None:
             tl.store(partials_ptr + n_partials, total)
