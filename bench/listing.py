@@ -50,8 +50,8 @@ def parse_sass(text: str) -> Listing:
         elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
             predicate, op, operands = code.groups()
             predicated = predicate is not None and predicate.strip() != "@PT"
-            # BRA P1, `(.L_x_0) has a predicate of its own.
-            branch = re.fullmatch(r"(!?U?P\d+, )?`\((\S+)\)", operands) if op.startswith("BRA") else None
+            # BRA P1, `(.L_x_0) has a predicate of its own; BRA.DIV ~URZ, `(.L_x_0) is taken where threads diverge.
+            branch = re.fullmatch(r"(!?U?P\d+, |~?UR\w+, )?`\((\S+)\)", operands) if op.startswith("BRA") else None
             if op.startswith(("BRA", "BRX", "JMP", "JMX")) and branch is None:
                 raise ValueError(f"cannot tell where this goes: {line.strip()}")
             unconditional = not predicated and not (branch and branch[1])

@@ -295,6 +295,11 @@ def test_refuses_predicated_accesses_and_loops():
         parse_sass(sass("BRX R4 -0x10"))
 
 
+def test_divergent_branches_have_two_ways():
+    text = sass(*PROLOGUE, "@P0 BRA `(.L_x_0)", "BRA.DIV ~URZ, `(.L_x_2)", ".L_x_2:", *TAIL, ".L_x_0:", *FULL, *END)
+    assert analyse_sass(text).loads == [16] and len(list(paths(parse_sass(text)))) == 5
+
+
 def test_finds_the_shortest_path_past_loops_and_slow_ways():
     """Of those that load so much: not the loop, which needs more instructions, nor what loads more or predicated."""
     loop = (".L_x_1:", "LDG.E.128 R8, [R4.64]", "IADD3 R4, R4, R5, RZ", "@P1 BRA `(.L_x_1)", "BRA `(.L_x_2)")
