@@ -125,13 +125,12 @@ class Bucket:
         return self.params[0].device
 
     def set_statistics(self, sums: Tensor) -> None:
-        """Make these the sums until the next step."""
-        if self.statistics is not None:
-            sums = move(sums, self.device)
-            rows = self.statistics.flatten(0, -2)
-            rows[0, :2] = sums
-            if rows.dtype == torch.float32:
-                rows[1, :2] = sums - rows[0, :2]  # what float32 has lost
+        assert self.statistics is not None
+        sums = move(sums, self.device)
+        rows = self.statistics.flatten(0, -2)
+        rows[0, :2] = sums
+        if rows.dtype == torch.float32:
+            rows[1, :2] = sums - rows[0, :2]  # what float32 has lost
 
     def step(self, grads: Sequence[Tensor], rows: Rows, control: Tensor | None) -> None:
         """Step all tensors.
@@ -179,6 +178,14 @@ class Bucket:
                 rounding=self.roundings[i],
                 **options,
             )
+
+
+def set_statistics(buckets: Sequence[Bucket], sums: Tensor | None) -> None:
+    """Make these the sums of all until the next step."""
+    for bucket in buckets:
+        if sums is not None and bucket.statistics is not None and bucket.statistics.numel():
+            bucket.set_statistics(sums)
+            return
 
 
 def statistics_of(buckets: Sequence[Bucket], device: torch.device) -> Tensor | None:

@@ -16,7 +16,8 @@ from .storage import SCALES, Policy, decode
 _OF_THE_INSTANCE = ("foreach", "fused", "capturable", "differentiable", *Policy._fields)
 
 
-_NOT_TORCHS = (*Policy._fields, "cautious", "decouple_lr")
+_OURS = ("cautious", "decouple_lr", "decay_lr")
+_NOT_TORCHS = (*Policy._fields, *_OURS)
 _LIKE_PARAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder", "master_param")
 
 
@@ -46,6 +47,9 @@ def prepare(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) 
         )
     for group, saved in zip(groups, saved_groups, strict=True):
         saved.update({name: group[name] for name in _OF_THE_INSTANCE})
+        for name in _OURS:  # which other implementations do not save
+            if name in group:
+                saved.setdefault(name, group[name])
         check_storage({"amsgrad": False, **saved}, group["params"])
 
     params = dict(

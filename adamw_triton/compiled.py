@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import check_entries, check_grad, check_param
 from .plan import Plan
-from .scalars import set_initial_lr
+from .scalars import Hyper, set_decay_lr
 from .state import State
 from .storage import Policy
 
@@ -123,7 +123,11 @@ class CompiledStep:
         state = optimizer._watch_state()
         if state is not self.state:
             self.list_params(optimizer)
-        counts_on_device = any(group["capturable"] for group in optimizer.param_groups)
+        counts_on_device = (
+            optimizer._frame()[1].skippable
+            or optimizer._step_supports_amp_scaling
+            or any(group["capturable"] or Hyper.of(group).on_device for group in optimizer.param_groups)
+        )
         for number in numbers:
             param = self.params[number]
             group = optimizer.param_groups[self.groups[number]]
@@ -154,11 +158,10 @@ class CompiledStep:
             start += len(names)
         steps = [each["step"] for each in entries]
         identity = (numbers, list(map(Tensor.data_ptr, [*params, *state])))
-        versions = [step._version for step in steps]
         scaling, frame = optimizer._frame()
         for group in optimizer.param_groups:
-            set_initial_lr(group)
-        if self._kept is not None and self._kept[0] == (identity, versions):
+            set_decay_lr(group)
+        if self._kept is not None and self._kept[0] == (identity, _on_host(steps)):
             _, plan, views, groups, plan_state = self._kept
             for group, live in zip(groups, optimizer.param_groups, strict=True):
                 group.update({name: value for name, value in live.items() if name != "params"})
@@ -178,13 +181,10 @@ class CompiledStep:
         if plan is None or found is None:
             ids = {id(view): number for view, number in zip(views, numbers, strict=True)}
             plan = Plan(*now, numbers=ids)
+            optimizer._keep_statistics([] if optimizer._plan is None else optimizer._plan.buckets, plan.buckets)
             found = plan.gradients(*now)
             assert found is not None
-        for view, given in zip(views, entries, strict=True):
-            now_wanted = plan_state[view]
-            if len(now_wanted) != len(given) or any(
-                now_wanted.get(name) is not tensor for name, tensor in given.items() if name != "step"
-            ):
+            if not all(_same_tensors(plan_state[view], given) for view, given in zip(views, entries, strict=True)):
                 raise RuntimeError(
                     "the optimizer's options want other state than this step was compiled for; "
                     "call torch._dynamo.reset()"
@@ -197,5 +197,15 @@ class CompiledStep:
         own = [self.params[number].data_ptr() for number in numbers]
         self._kept = None
         if list(map(Tensor.data_ptr, params)) == own:  # and not copies that live as long as this call
-            self._kept = (identity, [step._version for step in steps]), plan, views, groups, plan_state
+            self._kept = (identity, _on_host(steps)), plan, views, groups, plan_state
         optimizer._plan = plan
+
+
+def _on_host(steps: list[Tensor]) -> list[float] | None:
+    """The counts, where reading them waits for nothing."""
+    return torch.stack(steps).tolist() if steps and not any(step.is_cuda for step in steps) else None
+
+
+def _same_tensors(entries: Mapping[str, Any], given: Mapping[str, Any]) -> bool:
+    """Whether a plan has left all tensors in their place; it has step counts of its own."""
+    return len(entries) == len(given) and all(entries.get(name) is given[name] for name in given if name != "step")

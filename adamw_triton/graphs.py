@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -34,6 +35,23 @@ def refuse(groups: Sequence[Mapping[str, Any]]) -> NoReturn:
     )
 
 
+def weakly(method: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    """A hook that calls the method as long as its object is there."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(param: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(param)
+
+    return hook
+
+
+def _remove(hooks: Sequence[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+
+
 class Graphs:
     """The graphs that hold steps of an optimizer.
 
@@ -44,6 +62,9 @@ class Graphs:
     def __init__(self) -> None:
         self._kept: list[Any] = []  # replays use the memory of these
         self._hooks: dict[Tensor, Any] = {}
+        self._removable: list[Any] = []
+        # Parameters outlive their optimizer: hooks must not keep it, nor stay behind.
+        weakref.finalize(self, _remove, self._removable)
         self._accumulated: set[Tensor] = set()  # parameters whose backward pass is in the graph that is being captured
         self._addresses: dict[Tensor, int] = {}  # of gradients that come from outside of the graphs
 
@@ -51,7 +72,8 @@ class Graphs:
         """Notice where gradients of these parameters are accumulated."""
         for param in params:
             if param not in self._hooks and param.requires_grad and param.is_leaf:
-                self._hooks[param] = param.register_post_accumulate_grad_hook(self._on_accumulated)
+                self._hooks[param] = param.register_post_accumulate_grad_hook(weakly(self._on_accumulated))
+                self._removable.append(self._hooks[param])
 
     def _on_accumulated(self, param: Tensor) -> None:
         if is_capturing():
@@ -68,8 +90,8 @@ class Graphs:
 
     def add(self, plan: Any, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Note that a step with these gradients has been captured."""
-        self._kept.append((plan, list(grads), plan.copies))
-        for param, grad in zip(params, grads, strict=True):
+        self._kept.append((plan, list(grads), plan.copies, [part.rows.in_memory for part in plan.parts]))
+        for param, grad in zip(params, grads, strict=False):
             if param not in self._accumulated:
                 self._addresses[param] = grad.data_ptr()
 
@@ -89,7 +111,6 @@ class Graphs:
             )
 
     def forget(self) -> None:
-        for hook in self._hooks.values():
-            hook.remove()
-        for collection in (self._kept, self._hooks, self._accumulated, self._addresses):
+        _remove(self._removable)
+        for collection in (self._kept, self._hooks, self._removable, self._accumulated, self._addresses):
             collection.clear()  # type: ignore[attr-defined]

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import checkpoint, graphs, storage
-from .bucket import statistics_of
+from .bucket import Bucket, set_statistics, statistics_of
 from .checks import check_hyper, check_implementation, check_param, check_storage
 from .compiled import CompiledStep
 from .control import Control, Limits, Scaling
 from .plan import Frame, Plan
 from .release import GradientRelease
-from .scalars import set_initial_lr
+from .scalars import set_decay_lr
 from .state import ParamState, State
 from .storage import Policy, StateBytes
 
@@ -80,7 +80,7 @@ class AdamW(Optimizer):
         seed: of stochastic rounding.
         cautious: decay only where that moves the parameter as the update does (https://arxiv.org/abs/2510.12402).
         decouple_lr: decay by weight_decay * lr / initial lr, as in the paper: a change of the learning rate does not
-            change the decay at its top. The initial lr is the group's at construction, kept as "initial_lr".
+            change the decay at its top. The initial lr is the group's at construction, kept as "decay_lr".
         max_grad_norm: scale all gradients down so that their global norm is at most this, as
             `torch.nn.utils.clip_grad_norm_` does; in registers, without writing them. Read `grad_norm` for the norm.
         skip_nonfinite: skip a step whose global gradient norm is not finite: nothing is written, no step counted.
@@ -167,6 +167,7 @@ class AdamW(Optimizer):
         self.statistics = statistics
         self._plan: Plan | None = None
         self._controls: dict[torch.device, Control] = {}
+        self._former_sums: Tensor | None = None  # statistics of the plan before this one
         self._graphs = graphs.Graphs()
         self._release: GradientRelease | None = None
         super().__init__(params, defaults)
@@ -204,7 +205,7 @@ class AdamW(Optimizer):
             check_storage(self.param_groups[-1], self.param_groups[-1]["params"])
             if has_seed and not self.param_groups[-1]["stochastic_rounding"]:
                 self._refuse_seed(self.param_groups[-1]["seed"])
-            set_initial_lr(self.param_groups[-1])
+            set_decay_lr(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -231,10 +232,10 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if torch.compiler.is_compiling():
-            self._compiled.trace()
-        else:
+        if not torch.compiler.is_compiling():
             self._step()
+        elif self._release is None:
+            self._compiled.trace()
         return loss
 
     # Otherwise learning rate schedulers would wrap it in a function of a file that torch.compile refuses to trace; for
@@ -272,21 +273,29 @@ class AdamW(Optimizer):
             graphs.refuse(groups)
         if plan is None or grads is None:
             self._graphs.outdated("options, parameters, gradients or state were changed")
-            before = None
-            if plan is not None and plan.frame.statistics:
-                before = statistics_of(plan.buckets, self._control().values.device)
+            former = [] if plan is None else plan.buckets
             with torch.inference_mode(False):  # state must outlive a step taken in inference mode
                 plan = Plan(*now, only=only, numbers=numbers)
-            if before is not None and plan.buckets:
-                plan.buckets[0].set_statistics(before)  # until a step is not skipped
+            if only is None:
+                self._keep_statistics(former, plan.buckets)
+            else:
+                set_statistics(plan.buckets, statistics_of(former, only.device))
             if plan.capturable and only is None:
                 self._graphs.watch(plan.params)
             grads = plan.gradients(*now)
             assert grads is not None, "a plan fits what it was just built from"
         plan.step(grads, self._limits, scaling, self._control_on, capturing=capturing)
         if capturing:
-            self._graphs.add(plan, plan.params, grads)
+            # Gradients that are released in a graph are the graph's own.
+            self._graphs.add(plan, plan.params, grads if only is None else [])
         return plan
+
+    def _keep_statistics(self, former: list[Bucket], buckets: list[Bucket]) -> None:
+        """Those of a former plan stay until a step of the new one is not skipped."""
+        if self.statistics:
+            sums = statistics_of(former, self._control().values.device)
+            self._former_sums = self._former_sums if sums is None else sums
+            set_statistics(buckets, self._former_sums)
 
     def _frame(self) -> tuple[Scaling, Frame]:
         # Set by torch.amp.GradScaler for the duration of a step.
@@ -296,7 +305,8 @@ class AdamW(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As `torch.optim.Optimizer.zero_grad`; refused where a captured graph would go on with the old gradients."""
         if torch.compiler.is_compiling():
-            self._compiled.zero_grad(set_to_none)
+            if self._release is None:
+                self._compiled.zero_grad(set_to_none)
             return
         if self._release is not None:
             self._release.say_once("zero_grad")
@@ -336,7 +346,10 @@ class AdamW(Optimizer):
 
     def _norm_of(self, which: int) -> Tensor | None:
         plan = self._plan if self._release is None else self._release
+        if not self.statistics:
+            return None
         sums = statistics_of([] if plan is None else plan.buckets, self._control().values.device)
+        sums = self._former_sums if sums is None else sums
         return None if sums is None else sums[which].sqrt()
 
     def state_dict(self) -> dict[str, Any]:
@@ -428,13 +441,14 @@ class AdamW(Optimizer):
                 ("decouple_lr", False),
             ):
                 group.setdefault(name, value)
-            set_initial_lr(group)
+            set_decay_lr(group)
         missing: dict[str, Any] = {
             "_limits": Limits(),
             "statistics": False,
             "_controls": {},
             "_graphs": graphs.Graphs(),
             "_release": None,
+            "_former_sums": None,
         }
         self.__dict__.update({name: value for name, value in missing.items() if name not in self.__dict__})
         self._graphs.outdated("state was loaded")

@@ -50,8 +50,6 @@ class Part:
     ) -> None:
         self.device = device = items[0].param.device
         self.has_kernels = launch.has_kernels(device)
-        if capturable and device.type == "cuda" and not self.has_kernels:
-            raise RuntimeError("capturable=True needs Triton on a GPU; install triton, or use capturable=False")
         self.rows = Rows(
             device,
             [item.group for item in items],

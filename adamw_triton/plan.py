@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import reference
+from . import launch, reference
 from .bucket import Bucket, Item
 from .checks import check_implementation, check_storage
 from .control import Control, Limits, Scaling, move
 from .layout import is_dense
 from .part import Part
-from .scalars import Hyper, set_initial_lr
+from .scalars import Hyper, set_decay_lr
 from .state import State
 from .storage import Policy
 
@@ -76,9 +76,9 @@ class Plan:
         numbers: Mapping[int, int] | None = None,
     ) -> None:
         self.frame, self.only = frame, only
-        self.structure = list(map(_structural_of, groups))
         for group in groups:
-            set_initial_lr(group)
+            set_decay_lr(group)
+        self.structure = _structure(groups)
         self._read_values(groups)
         self.hypers_on_device = any(hyper.on_device for hyper in self.hypers)
         self.capturable = any(group["capturable"] for group in groups)
@@ -102,6 +102,9 @@ class Plan:
             check_storage(group, params)
         for item in items:
             item.check()
+            no_kernels = self.capturable and item.param.is_cuda and not launch.has_kernels(item.param.device)
+            if no_kernels:
+                raise RuntimeError("capturable=True needs Triton on a GPU; install triton, or use capturable=False")
         for item in items:
             item.entries = state.watch(item.param)
             group = groups[item.group]
@@ -177,7 +180,7 @@ class Plan:
         params = self.params
         if (
             frame != self.frame
-            or list(map(_structural_of, groups)) != self.structure
+            or _structure(groups) != self.structure
             or (self.only is None and not self._same_params(groups))
             or not self._same_state(state)
             # Offloading code re-points every state at once: the first of each bucket tells.
@@ -212,7 +215,9 @@ class Plan:
                 if not is_dense(grads[i]):
                     self.copies.append(grads[i].contiguous())
                     addresses[i] = self.copies[-1].data_ptr()
-        if (capturing or addresses != self.grad_addresses) and not self._take_addresses(grads, addresses, capturing):
+        replayed = any(part.addresses is not None and part.addresses.replayed for part in self.parts)
+        moved = capturing or replayed or addresses != self.grad_addresses
+        if moved and not self._take_addresses(grads, addresses, capturing):
             return None
         return grads
 
@@ -233,7 +238,8 @@ class Plan:
         if list(map(Tensor.numel, grads)) != self.param_numels:
             return False
         for part, its in self._slices():
-            moved = capturing or addresses[its] != self.grad_addresses[its]
+            replayed = part.addresses is not None and part.addresses.replayed
+            moved = capturing or replayed or addresses[its] != self.grad_addresses[its]
             if moved and not part.take_addresses(addresses[its], capturing=capturing):
                 return False
         self.grad_addresses = addresses
@@ -286,6 +292,10 @@ class Plan:
             slices.append((part, slice(start, start + len(part.params))))
             start += len(part.params)
         return slices
+
+
+def _structure(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    return [*map(_structural_of, groups), *[group.get("decay_lr") for group in groups]]
 
 
 def _read_steps(items: Sequence[Item]) -> list[float]:

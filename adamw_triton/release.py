@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .bucket import Bucket
 from .control import Scaling
+from .graphs import weakly
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def register_gradient_release(model: nn.Module, optimizer: AdamW) -> GradientRel
     """Step each parameter during the backward pass, and free its gradient at once.
 
     Gradients then exist one or two at a time instead of all together. `optimizer.step()` and `optimizer.zero_grad()`
-    do nothing from now on, which they say once. Tied parameters are stepped once, after all of their gradient.
+    do nothing from now on, which they say once. Tied parameters are stepped once, after all of their gradient (but with
+    reentrant activation checkpointing once for each segment that has them). It ends with the optimizer, which the hooks
+    do not keep alive.
 
     Args:
         model: whose parameters, those of the optimizer at least, are in the backward passes to come.
@@ -89,7 +92,7 @@ class GradientRelease:
     def _hook(self, param: Tensor) -> Any:
         requires_grad = param.requires_grad
         param.requires_grad_()  # only then it takes hooks, and it may be unfrozen later
-        hook = param.register_post_accumulate_grad_hook(self._on_accumulated)
+        hook = param.register_post_accumulate_grad_hook(weakly(self._on_accumulated))
         param.requires_grad_(requires_grad)
         return hook
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ class Rows:
         self._uploaded: Tensor | None = None
         if on_device:
             self._resolved = self._resolve(hypers)
+            self._content = list(map(_content, self._resolved))
             sizes = torch.tensor(self.of_param).bincount(minlength=len(rows)).cumsum(0)
             self._bounds = torch.stack((torch.cat((torch.zeros_like(sizes[:1]), sizes[:-1])), sizes), dim=1)
             self._table = Upload(self._packed(), device, capturable=capturable)
@@ -86,16 +88,28 @@ class Rows:
             self.steps.add_(1)
             self._row_counts = [count + 1 for count in self._row_counts]
         else:
-            if capturing or hypers is not self._hypers:
-                resolved = self._resolve(hypers)
-                if capturing or not _same(resolved, self._resolved):
-                    self._resolved = resolved
+            always = capturing or self._table.replayed
+            if always or hypers is not self._hypers:
+                self._hypers, self._resolved = hypers, self._resolve(hypers)
+                content = list(map(_content, self._resolved))
+                if always or content != self._content:
+                    self._content = content
                     self._table.write(self._packed(), capturing=capturing)
-                self._hypers = hypers
+            if capturing and any(isinstance(v, Tensor) and v.device != self.device for h in hypers for v in h):
+                warnings.warn(
+                    f"a hyper-parameter that is a tensor, but not on {self.device}, is frozen into the CUDA graph; "
+                    f"put it there",
+                    stacklevel=2,
+                )
             launch.launch_scalars(self._table.tensor, self.steps, self._scalars, control, scaling, known=known)
             if not capturing:
                 self._table.prepare()
         self.version = self.steps._version
+
+    @property
+    def in_memory(self) -> list[Any]:
+        """What the table has addresses of."""
+        return [self._resolved, self._hypers] if self.on_device else []
 
     def hyper(self, row: int) -> tuple[Hyper, float]:
         """Hyper-parameters and count of a row that the host counts."""
@@ -159,10 +173,6 @@ def _address(value: float | Tensor) -> int:
     return value.data_ptr() + (value.dtype == torch.float64) if isinstance(value, Tensor) else 0
 
 
-def _same(known: Sequence[Hyper], hypers: Sequence[Hyper]) -> bool:
-    """Whether all are the same numbers and the same tensors. `==` would read the tensors."""
-    return all(
-        a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
-        for old, new in zip(known, hypers, strict=True)
-        for a, b in zip(old, new, strict=True)
-    )
+def _content(hyper: Hyper) -> tuple[float, ...]:
+    """What a row of the table says: numbers, and addresses for which there is no number."""
+    return tuple(-_address(value) if isinstance(value, Tensor) else value for value in hyper)

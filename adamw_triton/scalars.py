@@ -23,7 +23,7 @@ class Hyper(NamedTuple):
     def of(cls, group: Mapping[str, Any]) -> Hyper:
         """Of a param group; the tensors themselves, whose values may change in place."""
         beta1, beta2 = group["betas"]
-        decay_lr = float(group["initial_lr"]) if group.get("decouple_lr") else 1.0
+        decay_lr = group["decay_lr"] if group.get("decouple_lr") else 1.0
         return cls(group["lr"], beta1, beta2, float(group["eps"]), group["weight_decay"], decay_lr)
 
     @property
@@ -32,19 +32,19 @@ class Hyper(NamedTuple):
         return any(isinstance(value, Tensor) and value.device.type != "cpu" for value in self)
 
 
-def set_initial_lr(group: dict[str, Any]) -> None:
-    """Note what `decouple_lr` divides by, under the name that torch.optim.lr_scheduler has for it.
+def set_decay_lr(group: dict[str, Any]) -> None:
+    """Note what `decouple_lr` divides by; not under the name of learning rate schedulers, some of which change it.
 
     Raises:
         ValueError: it is 0.
     """
-    if group["decouple_lr"] and "initial_lr" not in group:
+    if group["decouple_lr"] and "decay_lr" not in group:
         lr = float(group["lr"])
         if not lr > 0:
             raise ValueError(
                 f"decouple_lr=True decays by weight_decay * lr / initial lr; the initial lr must be above 0, got {lr}"
             )
-        group["initial_lr"] = lr
+        group["decay_lr"] = lr
 
 
 class Scalars(NamedTuple):

@@ -22,6 +22,7 @@ class Upload:
         self.capturable = capturable
         self._spare: Tensor | None = None
         self._captured: list[Tensor] = []
+        self.replayed = False  # whether graphs write it too, at times that the host does not know
         self.prepare()
 
     def prepare(self) -> None:
@@ -31,6 +32,7 @@ class Upload:
 
     def write(self, values: Tensor, *, capturing: bool) -> None:
         if capturing:
+            self.replayed = True
             if self._spare is None:
                 raise RuntimeError("take a step outside of CUDA graphs between two captures of step()")
             staging = self._spare.copy_(values)
@@ -38,4 +40,7 @@ class Upload:
             self._spare = None
         else:
             staging = values.pin_memory() if self.tensor.is_cuda else values
+        self._copy(staging)
+
+    def _copy(self, staging: Tensor) -> None:
         self.tensor.copy_(staging, non_blocking=True)

@@ -85,6 +85,7 @@ def scalars_kernel(
     tl.store(out_ptr + 6, eps)
     tl.store(out_ptr + 7, t)
     if not skip:
+        tl.debug_barrier()  # all warps have read the row's count, which the first one now changes
         while first < end:  # not range, whose bounds Triton 3.4's interpreter cannot read from memory
             index = first + tl.arange(0, BLOCK_SIZE)
             tl.store(steps_ptr + index, tl.zeros((BLOCK_SIZE,), tl.float32) + step, mask=index < end)

@@ -16,6 +16,7 @@ from torch import nn
 from adamw_triton import AdamW, graphs, launch
 from adamw_triton.control import Control, Scaling
 from adamw_triton.scalars import Hyper, Scalars, host_scalars, scalar_rows
+from adamw_triton.upload import Upload
 
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
 HYPERS = [
@@ -369,6 +370,134 @@ def test_gradients_that_moved_are_uploaded_for_every_capture(device, capture):
     optimizer._graphs.forget()
     optimizer.step()
     assert kept.tolist() == [g.data_ptr() for g in grads] != upload.tensor.tolist()
+
+
+# Graphs that are replayed, simulated: what a capture enqueues is recorded, and done at each replay
+
+
+@pytest.fixture
+def capture_of(monkeypatch):
+    """Records launches and copies to the device instead of doing them; calling the result does them."""
+    recording = None
+
+    def recorded(owner, name):
+        real = getattr(owner, name)
+
+        def call(*args, **options):
+            if recording is None:
+                real(*args, **options)
+            else:
+                recording.append(lambda: real(*args, **options))
+
+        monkeypatch.setattr(owner, name, call)
+
+    for name in ("launch_table", "launch_tensor", "launch_scalars", "launch_norms"):
+        recorded(launch, name)
+    recorded(Upload, "_copy")
+    monkeypatch.setattr(graphs, "is_capturing", lambda: recording is not None)
+
+    def capture(function):
+        nonlocal recording
+        recording = calls = []
+        try:
+            function()
+        finally:
+            recording = None
+        return lambda: [call() for call in calls]
+
+    return capture
+
+
+def unit_steps(device, **options):
+    """Two parameters that each step moves by lr, against the sign of the gradient."""
+    params = [nn.Parameter(torch.zeros(8, device=device)) for _ in range(2)]
+    options = {"lr": 0.1, "weight_decay": 0.0, "betas": (0.0, 0.0), "eps": 0.0, "capturable": True, **options}
+    return params, AdamW(params, **options)
+
+
+def set_grads(params, value):
+    for p in params:
+        p.grad = torch.full_like(p, value)
+
+
+def moved(params, step):
+    before = params[0][0].item()
+    step()
+    assert all((p == params[0][0]).all() for p in params)
+    return pytest.approx(params[0][0].item() - before, rel=1e-5)
+
+
+def test_learning_rates_outside_of_a_graph_are_not_those_in_it(device, capture_of):
+    params, optimizer = unit_steps(device)
+    set_grads(params, 1.0)
+    optimizer.step()
+    replay = capture_of(optimizer.step)
+    optimizer.param_groups[0]["lr"] = 0.01
+    assert moved(params, optimizer.step) == -0.01
+    assert moved(params, replay) == -0.1
+    assert moved(params, optimizer.step) == -0.01
+    assert float(optimizer.state[params[0]]["step"]) == 4
+
+
+def test_a_learning_rate_that_changed_before_a_capture(device, capture_of):
+    params, optimizer = unit_steps(device)
+    set_grads(params, 1.0)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.01
+    replay = capture_of(optimizer.step)
+    assert moved(params, optimizer.step) == moved(params, replay) == -0.01
+
+
+@pytest.mark.parametrize("clip", [None, 1e9])
+def test_gradients_outside_of_a_graph_are_not_those_in_it(clip, device, capture_of):
+    params, optimizer = unit_steps(device, max_grad_norm=clip)
+    set_grads(params, 1.0)
+    optimizer.step()
+    set_grads(params, -1.0)
+    inside = [p.grad for p in params]
+    replay = capture_of(optimizer.step)
+    assert moved(params, optimizer.step) == 0.1  # captured, but not yet replayed
+    set_grads(params, 2.0)
+    outside = [p.grad for p in params]
+    for _ in range(2):
+        assert moved(params, optimizer.step) == -0.1
+        assert clip is None or optimizer.grad_norm == pytest.approx(8)
+        assert moved(params, replay) == 0.1
+        assert clip is None or optimizer.grad_norm == pytest.approx(4)
+    assert all((g == -1).all() for g in inside) and all((g == 2).all() for g in outside)
+
+
+def test_the_learning_rate_of_a_graph_stays_where_it_was(device, capture_of):
+    lr = torch.tensor(0.1, device=device)
+    params, optimizer = unit_steps(device, lr=lr)
+    set_grads(params, 1.0)
+    optimizer.step()
+    replay = capture_of(optimizer.step)
+    kept = weakref.ref(lr)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.01, device=device)
+    del lr
+    assert moved(params, optimizer.step) == -0.01
+    gc.collect()
+    assert kept() is not None and moved(params, replay) == -0.1
+    optimizer.param_groups[0]["lr"].data = torch.tensor(0.02, device=device)  # the same object elsewhere
+    assert moved(params, optimizer.step) == -0.02
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_hooks_do_not_outlive_the_optimizer(captured, device, capture_of):
+    params, optimizer = unit_steps(device)
+    backward(params)
+    optimizer.step()
+    if captured:
+        capture_of(optimizer.step)
+    alive = weakref.ref(optimizer), weakref.ref(optimizer._graphs)
+    del optimizer
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+    for p in params:
+        p.grad = None
+        assert not p._post_accumulate_grad_hooks
+    backward(params)
 
 
 def test_scalars_have_the_order_of_the_kernels():

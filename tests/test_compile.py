@@ -17,7 +17,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.optim.lr_scheduler import LambdaLR
 
-import adamw_triton.compiled  # noqa: F401  # defines the operator, which otherwise the first compiled step does
+import adamw_triton.compiled  # defines the operator, which otherwise the first compiled step does
 from adamw_triton import AdamW
 from bench.policies import BY_NAME, POLICIES
 
@@ -669,3 +669,63 @@ def test_the_operator_says_what_it_writes():
     assert not schema.returns
     if hasattr(torch.Tag, "cudagraph_unsafe"):
         assert torch.Tag.cudagraph_unsafe in torch.ops.adamw_triton.step_.default.tags
+
+
+@pytest.mark.parametrize("options", [{}, {"capturable": True}, {"max_grad_norm": 0.1, "skip_nonfinite": True}], ids=str)
+def test_the_plan_is_kept_where_the_compiler_passes_the_parameters_themselves(options, device, monkeypatch):
+    built = []
+    build_plan = adamw_triton.compiled.Plan
+
+    def counted(*args, **named):
+        built.append(build_plan(*args, **named))
+        return built[-1]
+
+    monkeypatch.setattr(adamw_triton.compiled, "Plan", counted)
+    net, optimizer = build(device, **options)
+    other, reference = build(device, **options)
+    train = loop(net, optimizer, compiled=True, whole=False, backend="eager")
+    eager = loop(other, reference, compiled=False)
+    for x in inputs(device):
+        train(x)
+        eager(x)
+    assert len(built) == 1
+    assert_same((net, optimizer), (other, reference))
+
+
+def test_a_count_changed_in_place_between_compiled_steps_is_seen(device):
+    net, optimizer = build(device)
+    other, reference = build(device)
+    train = loop(net, optimizer, compiled=True, whole=False, backend="eager")
+    eager = loop(other, reference, compiled=False)
+    for i, x in enumerate(inputs(device)):
+        train(x)
+        eager(x)
+        if i == 2:
+            for model, opt in ((net, optimizer), (other, reference)):
+                opt.state[model.a.weight]["step"].fill_(50)
+    assert_same((net, optimizer), (other, reference))
+
+
+def test_statistics_of_a_compiled_step(device):
+    net, optimizer = build(device, statistics=True, skip_nonfinite=True)
+    other, reference = build(device, statistics=True, skip_nonfinite=True)
+    train = loop(net, optimizer, compiled=True, whole=False)
+    eager = loop(other, reference, compiled=False)
+    for i, x in enumerate(inputs(device)):
+        if i == 3:
+            x = x * torch.nan
+        train(x)
+        eager(x)
+        assert optimizer.update_norm > 0 and optimizer.update_norm == reference.update_norm
+        assert optimizer.param_norm == reference.param_norm
+
+
+def test_with_gradient_release_a_compiled_step_does_nothing_either(device):
+    net, optimizer = build(device)
+    handle = adamw_triton.register_gradient_release(net, optimizer)
+    step = torch.compile(lambda: (optimizer.step(), optimizer.zero_grad()), fullgraph=True, backend=BACKEND)
+    with handle.accumulate():
+        net(inputs(device)[0]).square().mean().backward()
+    before = [*map(bits, net.parameters())], net.a.weight.grad.clone()
+    step()
+    assert all(map(torch.equal, before[0], map(bits, net.parameters()))) and torch.equal(before[1], net.a.weight.grad)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import UNIT, Guarded, exact
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 from adamw_triton import AdamW, adamw_
 from bench.policies import POLICIES
@@ -122,7 +122,7 @@ def test_decouple_lr(schedule, capturable, tensor_lr, device, path):
         for scheduler in filter(None, schedulers):
             scheduler.step()
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
-    assert mine.param_groups[0]["initial_lr"] == pytest.approx(lr)
+    assert mine.param_groups[0]["decay_lr"] == pytest.approx(lr)
 
 
 def test_decouple_lr_goes_on_from_a_checkpoint(device, path):
@@ -140,6 +140,36 @@ def test_decouple_lr_goes_on_from_a_checkpoint(device, path):
         p.grad = torch.ones_like(p)
         optimizer.step()
     assert torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("of", ["torch", "ours"])
+def test_checkpoints_without_these_options_leave_them_on(of, device, path):
+    params = [nn.Parameter(torch.ones(5, device=device))]
+    params[0].grad = torch.ones_like(params[0])
+    other = torch.optim.AdamW(params, lr=0.5) if of == "torch" else AdamW(params, lr=0.5)
+    other.step()
+    saved = copy.deepcopy(other.state_dict())
+    for group in saved["param_groups"]:
+        for name in ("cautious", "decouple_lr"):
+            group.pop(name, None)
+    optimizer = AdamW(params, lr=0.1, cautious=True, decouple_lr=True)
+    optimizer.load_state_dict(saved)
+    (group,) = optimizer.param_groups
+    assert group["cautious"] and group["decouple_lr"] and group["decay_lr"] == 0.1 and group["lr"] == 0.5
+
+
+def test_decouple_lr_with_a_scheduler_that_changes_the_initial_one(device, path):
+    ours = nn.Parameter(torch.ones(10, device=device))
+    optimizer = AdamW([ours], lr=1e-3, weight_decay=0.1, decouple_lr=True)
+    OneCycleLR(optimizer, max_lr=1e-3, total_steps=10)
+    assert optimizer.param_groups[0]["initial_lr"] < 1e-3
+    optimizer.param_groups[0]["lr"] = 1e-3
+    ours.grad = torch.zeros_like(ours)
+    optimizer.step()
+    torch.testing.assert_close(ours, torch.full_like(ours, 0.9))
+    optimizer.param_groups[0]["decay_lr"] = 2e-3  # noticed like any option
+    optimizer.step()
+    torch.testing.assert_close(ours, torch.full_like(ours, 0.9 * 0.95))
 
 
 def test_decouple_lr_needs_a_learning_rate(device):

@@ -13,6 +13,7 @@ with its definition, see `assert_statistics`.
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -360,3 +361,24 @@ def test_a_skipping_kernel_writes_no_sums(form, device):
             launch.launch_tensor(*values[:2], state, SCALARS, **options)
         assert bool((statistics == -5.0).all()) is skips
         assert all(map(torch.equal, before, map(bits, values))) is skips
+
+
+def test_with_empty_parameters_and_steps_without_gradients(device, path):
+    """What was the last stays, whatever plans come between."""
+    empty = nn.Parameter(torch.zeros(0, device=device, dtype=torch.bfloat16))
+    params = [empty, *(nn.Parameter(torch.randn(n, device=device)) for n in (5, 1300))]
+    optimizer = AdamW(params, statistics=True, skip_nonfinite=True)
+    assert optimizer.update_norm is None
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    known = optimizer.update_norm.clone(), optimizer.param_norm.clone()
+    assert known[0] > 0
+    for p in params:
+        p.grad = None
+    optimizer.step()
+    assert (optimizer.update_norm, optimizer.param_norm) == known
+    for p in params[:2]:
+        p.grad = torch.full_like(p, math.nan)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and (optimizer.update_norm, optimizer.param_norm) == known
