@@ -334,7 +334,8 @@ class AdamW(Optimizer):
 
     def _control(self) -> Control:
         parts = [] if self._plan is None else self._plan.parts
-        return self._control_on(parts[0].device if parts else self.param_groups[0]["params"][0].device)
+        devices = (param.device for group in self.param_groups for param in group["params"])
+        return self._control_on(parts[0].device if parts else next(devices, torch.device("cpu")))
 
     @property
     def update_norm(self) -> Tensor | None:
