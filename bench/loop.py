@@ -113,8 +113,8 @@ class Loop:
     def _prepare(self) -> bool:
         """Torch's passes over the gradients; whether to go on."""
         features = self.features
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+        if self.scaler is not None and (features.max_grad_norm is not None or features.skip_nonfinite):
+            self.scaler.unscale_(self.optimizer)  # else a part of its step
         if features.max_grad_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_(self.params, features.max_grad_norm)
         elif features.skip_nonfinite:
