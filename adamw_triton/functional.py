@@ -1,4 +1,4 @@
-"""The step of one tensor as a function."""
+"""The step of one tensor: `adamw_`, and what the optimizer does to a tensor that no table holds."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import launch, reference, storage
-from .checks import check_entries, check_grad, check_hyper, check_param, check_rounding
-from .control import Scaling
-from .layout import is_dense, same_strides
-from .scalars import Hyper, Scalars, host_scalars
-from .storage import Rounding, TensorState
+from . import launch, reference
+from .grad_control import GradNormOptions, GradScalerInputs, decide
+from .hyperparams import Hyperparams, kernel_scalars
+from .storage import NoiseKey, StateTensors
+from .strides import dense, flat, real_view, same_strides
+from .validation import check_entries, check_grad, check_hyperparams, check_param, check_rounding, is_simulated
 
 
 def step_tensor(
     param: Tensor,
     grad: Tensor,
-    state: TensorState,
-    scalars: Scalars | Tensor,
+    state: StateTensors,
+    scalars: Tensor,
     *,
     maximize: bool,
     cautious: bool = False,
-    control: Tensor | None = None,
+    decision: Tensor | None = None,
     statistics: Tensor | None = None,
-    rounding: Rounding | None = None,
+    noise_key: NoiseKey | None = None,
 ) -> None:
     """Launch the kernel for one checked parameter of any layout; a complex one is a pair of real numbers."""
-    with _walkable(param, grad, state) as (work, work_grad, work_state):
+    with _flat_views(param, grad, state) as (work, work_grad, work_state):
         launch.launch_tensor(
             work,
             work_grad,
@@ -38,50 +38,55 @@ def step_tensor(
             scalars,
             maximize=maximize,
             cautious=cautious,
-            control=control,
+            decision=decision,
             statistics=statistics,
-            rounding=rounding,
+            noise_key=noise_key,
         )
 
 
-def step_tensor_reference(
+def step_tensor_eager(
     param: Tensor,
     grad: Tensor,
-    state: TensorState,
-    hyper: Hyper,
+    state: StateTensors,
+    hyperparams: Hyperparams,
     step: float,
     *,
     maximize: bool,
     cautious: bool = False,
-    control: Tensor | None = None,
+    decision: Tensor | None = None,
     statistics: Tensor | None = None,
-    rounding: Rounding | None = None,
+    noise_key: NoiseKey | None = None,
 ) -> None:
-    """The same without kernels."""
-    if control is not None and control[1].item():
-        return
+    """Take update number `step` of one checked parameter of any layout in eager torch; it is not skipped."""
     options: dict[str, Any] = {
         "step": step,
         "maximize": maximize,
         "cautious": cautious,
-        "grad_factor": None if control is None else control[0],
+        "grad_factor": None if decision is None else decision[0],
         "statistics": statistics,
-        "rounding": rounding,
-        **{name: float(value) for name, value in hyper._asdict().items()},
+        "noise_key": noise_key,
+        **dict(zip(hyperparams._fields, hyperparams.numbers(), strict=True)),
     }
-    if state.is_plain and rounding is None:
-        reference.adamw_(real_view(param), real_view(grad.resolve_conj()), state.each(real_view), **options)
+    if state.is_plain and noise_key is None:
+        reference.adamw_(real_view(param), real_view(grad.resolve_conj()), state.map(real_view), **options)
         return
     # Groups of elements and random bits are counted in the order of memory.
-    with _walkable(param, grad, state) as (work, work_grad, work_state):
-        reference.adamw_(storage.flat(work), storage.flat(work_grad), work_state.each(storage.flat), **options)
+    with _flat_views(param, grad, state) as (work, work_grad, work_state):
+        reference.adamw_(flat(work), flat(work_grad), work_state.map(flat), **options)
+
+
+def is_skipped(decision: Tensor) -> bool:
+    """Read the flag of `GradDecision.values`; tensors without values skip nothing."""
+    return not is_simulated(decision) and bool(decision[1].item())
 
 
 @contextmanager
-def _walkable(param: Tensor, grad: Tensor, state: TensorState) -> Iterator[tuple[Tensor, Tensor, TensorState]]:
-    """Real tensors that can be walked through memory side by side: what has gaps, or another order than the
-    parameter, takes part as a copy, and is written back at the end."""
-    work = param if is_dense(param) else torch.empty_like(param).copy_(param)
+def _flat_views(param: Tensor, grad: Tensor, state: StateTensors) -> Iterator[tuple[Tensor, Tensor, StateTensors]]:
+    """Yield real tensors that can be walked through memory side by side.
+
+    What has gaps, or another order than the parameter, takes part as a copy, and is written back at the end.
+    """
+    work = dense(param)
     copies: list[tuple[Tensor, Tensor]] = [] if work is param else [(param, work)]
 
     def like_work(tensor: Tensor) -> Tensor:
@@ -96,13 +101,9 @@ def _walkable(param: Tensor, grad: Tensor, state: TensorState) -> Iterator[tuple
             copies.append((tensor, copy))
         return real_view(copy)
 
-    yield real_view(work), real_view(like_work(grad)), state.each(entry)
+    yield real_view(work), real_view(like_work(grad)), state.map(entry)
     for tensor, copy in copies:
         tensor.copy_(copy)
-
-
-def real_view(tensor: Tensor) -> Tensor:
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 @torch.no_grad()
@@ -165,7 +166,7 @@ def adamw_(
         tensor([0.9000, 0.9000, 0.9000])
     """
     options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    check_hyper(options)
+    check_hyperparams(options)
     if step < 1:
         raise ValueError(f"step must be at least 1, the number of this update; got {step}")
     check_param(param)
@@ -186,14 +187,17 @@ def adamw_(
     numbers = {"seed": seed, "stream": stream, "element_offset": element_offset}
     check_rounding(param, entries, stochastic=stochastic_rounding, numbers=numbers)
 
-    state = TensorState.of(entries, amsgrad=max_exp_avg_sq is not None)
-    rounding = Rounding(seed, stream, element_offset) if stochastic_rounding else None
-    hyper = Hyper.of(options)
-    scaling = Scaling(grad_scale, found_inf).to(param.device)
-    control = reference.gradient_control(None, *scaling, None, None) if scaling.given else None
-    how: dict[str, Any] = {"maximize": maximize, "cautious": cautious, "control": control, "rounding": rounding}
-    if launch.has_kernels(param.device):
-        step_tensor(param, grad, state, host_scalars(hyper, float(step)), **how)
-        torch.autograd.graph.increment_version([param, *state.tensors])
-    else:
-        step_tensor_reference(param, grad, state, hyper, float(step), **how)
+    state = StateTensors.from_entries(entries, amsgrad=max_exp_avg_sq is not None)
+    noise_key = NoiseKey(seed, stream, element_offset) if stochastic_rounding else None
+    hyperparams = Hyperparams.from_group(options)
+    scaler = GradScalerInputs(grad_scale, found_inf).to(param.device)
+    decision = decide(None, scaler, GradNormOptions()) if scaler.present else None
+    how: dict[str, Any] = {"maximize": maximize, "cautious": cautious, "decision": decision, "noise_key": noise_key}
+    if launch.can_launch(param):
+        dtype = torch.float64 if param.dtype.to_real() == torch.float64 else torch.float32
+        # A small pageable copy does not wait for the device.
+        scalars = torch.tensor(kernel_scalars(hyperparams, float(step)), dtype=dtype, device="cpu")
+        step_tensor(param, grad, state, scalars.to(param.device, non_blocking=True), **how)
+        torch.autograd.graph.increment_version([param, *state.present])
+    elif decision is None or not is_skipped(decision):
+        step_tensor_eager(param, grad, state, hyperparams, float(step), **how)

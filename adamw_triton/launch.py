@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .control import Control, Scaling
-from .scalars import Scalars
-from .storage import Rounding, Storage, TensorState
+from .grad_control import GradDecision, GradNormOptions, GradScalerInputs
+from .storage import Formats, NoiseKey, StateTensors
+from .validation import is_simulated
 
 try:
     import triton
@@ -29,8 +30,7 @@ INTERPRETED = triton is not None and not isinstance(adamw_kernel, triton.JITFunc
 
 # 128 threads a program, of warps of 32 threads (NVIDIA) or wavefronts of 64 (AMD).
 NUM_WARPS = 4 if torch.version.hip is None else 2
-
-_NO_SCALARS = Scalars(*[0.0] * len(Scalars._fields))
+SCALARS_BLOCK = 128  # parameters, one for each thread
 
 
 class Configuration(NamedTuple):
@@ -45,63 +45,51 @@ class Table(NamedTuple):
     """Several tensors for one launch, on their device; layouts as in `adamw_table_kernel`."""
 
     tensors: Tensor
-    grads: Tensor
     chunks: Tensor
-    storage: Storage
+    formats: Formats
     amsgrad: bool
     aligned: bool
     seed: int
     configuration: Configuration
-    has_rows: bool = False  # whether each tensor has a row of the scalars
 
     @classmethod
     def of(
         cls,
         params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        states: Sequence[TensorState],
+        grad_dtype: torch.dtype,
+        states: Sequence[StateTensors],
         *,
         aligned: bool,
-        addresses: Tensor | None = None,
-        rows: Sequence[int] | None = None,
-        roundings: Sequence[Rounding] | None = None,
+        noise_keys: Sequence[NoiseKey] | None = None,
         configuration: Configuration | None = None,
     ) -> Table:
-        """The table of tensors on one device, of the same formats.
+        """Make the table of tensors on one device, of the same formats.
 
         Args:
             params: dense parameters.
-            grads: of each, with its strides.
+            grad_dtype: of their gradients, which have the parameters' strides.
             states: of each, with its strides.
             aligned: whether all but scales begin at multiples of 16 bytes.
-            addresses: of the gradients, int64 on their device, if they are there already.
-            rows: of each, in a table of scalars, if they differ.
-            roundings: of each, with one seed and no offset, for stochastic rounding.
+            noise_keys: of each, with one seed and no offset, for stochastic rounding.
             configuration: another one than that of these formats.
         """
         device = params[0].device
-        storage = Storage.of(params[0], grads[0], states[0], stochastic=roundings is not None)
-        used = configuration or configuration_of(*storage.dtypes)
+        formats = Formats.of(params[0], grad_dtype, states[0], stochastic=noise_keys is not None)
+        used = configuration or configuration_of(*formats.dtypes)
         lines = [
-            [param.numel(), param.data_ptr(), *(tensor.data_ptr() for tensor in state.tensors)]
+            [param.numel(), param.data_ptr(), *(tensor.data_ptr() for tensor in state.present)]
             for param, state in zip(params, states, strict=True)
         ]
-        if roundings is not None:
-            lines = [[*line, rounding.stream] for line, rounding in zip(lines, roundings, strict=True)]
-        if rows is not None:
-            lines = [[*line, row] for line, row in zip(lines, rows, strict=True)]
-        tensors = torch.tensor(lines, dtype=torch.int64)
-        if addresses is None:
-            addresses = torch.tensor([grad.data_ptr() for grad in grads], dtype=torch.int64).to(device)
+        if noise_keys is not None:
+            lines = [[*line, key.param_index] for line, key in zip(lines, noise_keys, strict=True)]
+        tensors = torch.tensor(lines, dtype=torch.int64, device="cpu")
         return cls(
             tensors=tensors.to(device),
-            grads=addresses,
             chunks=_pieces(tensors[:, 0], used.block_size).to(device),
-            storage=storage,
+            formats=formats,
             amsgrad=states[0].max_exp_avg_sq is not None,
             aligned=aligned,
-            has_rows=rows is not None,
-            seed=roundings[0].seed if roundings else 0,
+            seed=noise_keys[0].seed if noise_keys else 0,
             configuration=used,
         )
 
@@ -109,7 +97,6 @@ class Table(NamedTuple):
 class NormTable(NamedTuple):
     """Gradients of one dtype for one launch, on their device; layouts as in `grad_norm_kernel`."""
 
-    grads: Tensor
     numels: Tensor
     spans: Tensor
     first: int
@@ -117,22 +104,19 @@ class NormTable(NamedTuple):
     aligned: bool
 
     @classmethod
-    def of(
-        cls, grads: Tensor, numels: Tensor, members: Sequence[int], *, first: int, dtype: torch.dtype, aligned: bool
-    ) -> NormTable:
-        """The table of some of all gradients on one device.
+    def of(cls, numels: Tensor, members: Sequence[int], *, first: int, dtype: torch.dtype, aligned: bool) -> NormTable:
+        """Make the table of some of all gradients on one device.
 
         Args:
-            grads: int64, addresses of all, on the device.
             numels: int64, elements of all (real numbers), on the device.
             members: indices of those of `dtype`.
             first: partial sums before theirs.
             aligned: whether they begin at multiples of 16 bytes.
         """
-        index = torch.tensor(members)
+        index = torch.tensor(members, dtype=torch.int64, device="cpu")
         spans = _pieces(numels.cpu()[index], int(SPAN_BLOCKS.value) * norm_block_size(dtype), at_least=1)
         spans[:, 0] = index[spans[:, 0].long()].to(torch.int32)
-        return cls(grads, numels, spans.to(grads.device), first, dtype, aligned)
+        return cls(numels, spans.to(numels.device), first, dtype, aligned)
 
 
 def norm_block_size(dtype: torch.dtype) -> int:
@@ -143,13 +127,13 @@ def norm_block_size(dtype: torch.dtype) -> int:
 def _pieces(numels: Tensor, size: int, *, at_least: int = 0) -> Tensor:
     """int32 [n, 2]: tensor, and number within it, of each piece of at most `size` elements."""
     counts = ((numels + size - 1) // size).clamp(min=at_least)
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
-    piece = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+    tensor = torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int64, device="cpu"), counts)
+    piece = torch.arange(len(tensor), dtype=torch.int64, device="cpu") - (counts.cumsum(0) - counts)[tensor]
     return torch.stack((tensor, piece), dim=1).to(torch.int32)
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether tensors on `device` go through the kernels; if not, through the reference."""
+    """Whether tensors on `device` go through the kernels; if not, through eager torch."""
     if triton is None and device.type == "cuda":
         warnings.warn(
             "Triton is not installed: AdamW steps as eager PyTorch operations instead of its kernel. "
@@ -157,6 +141,11 @@ def has_kernels(device: torch.device) -> bool:
             stacklevel=2,
         )
     return triton is not None and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
+
+
+def can_launch(tensor: Tensor) -> bool:
+    """Whether a tensor goes through the kernels: one without values, on the meta device or fake, never does."""
+    return not is_simulated(tensor) and has_kernels(tensor.device)
 
 
 def configuration_of(*dtypes: torch.dtype) -> Configuration:
@@ -180,48 +169,46 @@ def configuration_of(*dtypes: torch.dtype) -> Configuration:
 def launch_tensor(
     param: Tensor,
     grad: Tensor,
-    state: TensorState,
-    scalars: Scalars | Tensor,
+    state: StateTensors,
+    scalars: Tensor,
     *,
     maximize: bool,
     cautious: bool = False,
-    control: Tensor | None = None,
+    decision: Tensor | None = None,
     statistics: Tensor | None = None,
-    rounding: Rounding | None = None,
+    noise_key: NoiseKey | None = None,
     configuration: Configuration | None = None,
 ) -> None:
     """Step one dense, real parameter; all tensors on its device, with its strides.
 
     Args:
-        scalars: floats, or a float64 row on the device.
+        scalars: `KernelScalars`, float32 [8], or float64 [8] for a float64 parameter.
         cautious: decay only where that moves the parameter as the update does.
-        control: `Control.values`: a factor for the gradient, and a flag, not 0 where nothing is to be written.
+        decision: `GradDecision.values`: a factor for the gradient, and a flag, not 0 where nothing is to be written.
         statistics: of `statistics_like`, written.
-        rounding: stochastic where it is given.
+        noise_key: of stochastic rounding, where it is given.
         configuration: another one than that of these formats.
     """
     n_elements = param.numel()
     if n_elements == 0:
         return
-    used = configuration or configuration_of(*Storage.of(param, grad, state).dtypes)
-    how = "nearest"
-    if rounding is not None:
-        how = "stochastic" if rounding.element_offset % 8 == 0 else "stochastic shifted"
-    row, floats = _split(scalars, param)
+    used = configuration or configuration_of(*Formats.of(param, grad.dtype, state).dtypes)
+    rounding = "nearest"
+    if noise_key is not None:
+        rounding = "stochastic" if noise_key.element_offset % 8 == 0 else "stochastic shifted"
     with _on(param.device):
         adamw_kernel[(n_programs(n_elements, used),)](
             param,
             grad,
             *state,
             n_elements,
-            control,
+            decision,
             statistics,
-            *(rounding or Rounding(0, 0)),
-            row,
-            *floats,
+            *(noise_key or NoiseKey(0, 0)),
+            scalars,
             maximize,
             cautious,
-            how,
+            rounding,
             used.block_size,
             used.eviction,
             num_warps=used.num_warps,
@@ -230,40 +217,39 @@ def launch_tensor(
 
 def launch_table(
     table: Table,
-    scalars: Scalars | Tensor,
+    grads: Tensor,
+    scalars: Tensor,
     *,
     maximize: bool,
     cautious: bool = False,
-    control: Tensor | None = None,
+    decision: Tensor | None = None,
     statistics: Tensor | None = None,
 ) -> None:
     """Step every tensor of a table in one launch; other arguments as for `launch_tensor`.
 
     Args:
-        scalars: of all tensors, or float64 [n_rows, 8] on the device if the table says which is whose.
+        grads: int64 [n_tensors] on the device, addresses of the gradients; 0 where there is none.
+        scalars: float32 [n_tensors, 8] on the device, or float64 for float64 parameters.
     """
     n_chunks = table.chunks.shape[0]
     if n_chunks == 0:
         return
-    storage = table.storage
-    row, floats = _split(scalars, table.tensors, storage.param)
+    formats = table.formats
     with _on(table.tensors.device):
         adamw_table_kernel[(n_chunks,)](
             table.tensors,
-            table.grads,
+            grads,
             table.chunks,
-            control,
+            decision,
             statistics,
             table.seed,
-            row,
-            *floats,
-            *map(_triton_dtype, storage[:5]),
+            scalars,
+            *map(_triton_dtype, formats[:5]),
             table.amsgrad,
-            table.has_rows,
             table.aligned,
             maximize,
             cautious,
-            "stochastic" if storage.stochastic else "nearest",
+            "stochastic" if formats.stochastic else "nearest",
             table.configuration.block_size,
             table.configuration.eviction,
             num_warps=table.configuration.num_warps,
@@ -271,8 +257,9 @@ def launch_table(
 
 
 def statistics_like(n_programs: int, device: torch.device) -> Tensor:
-    """Memory for the sums of squares of so many programs: float32 [n_programs, STATISTICS_ROWS, 4], 0."""
-    return torch.zeros(n_programs, int(STATISTICS_ROWS.value), 4, device=device)
+    """Make memory for the sums of squares of so many programs: float32 [n_programs, STATISTICS_ROWS, 4], NaN."""
+    size = (n_programs, int(STATISTICS_ROWS.value), 4)
+    return torch.full(size, math.nan, dtype=torch.float32, device=device)
 
 
 def n_programs(n_elements: int, configuration: Configuration) -> int:
@@ -280,81 +267,83 @@ def n_programs(n_elements: int, configuration: Configuration) -> int:
 
 
 def launch_scalars(
-    rows: Tensor, steps: Tensor, scalars: Tensor, control: Control | None, scaling: Scaling, *, known: bool
+    params: Tensor,
+    grads: Tensor,
+    hyperparams: Tensor,
+    scalars: Tensor,
+    scalars64: Tensor | None,
+    decision: GradDecision | None,
+    scaler: GradScalerInputs,
+    *,
+    decided: bool,
 ) -> None:
-    """Count one update and write its scalars.
+    """Count one update of every parameter that has a gradient, and write its scalars.
 
     Args:
-        rows, steps, scalars: as in `scalars_kernel`; one row or more.
-        control: written from `scaling`, unless it is `known`; None if there is neither.
+        params, grads, hyperparams, scalars, scalars64: as in `scalars_kernel`.
+        decision: written from `scaler`, unless it is `decided`; None if the step is subject to neither.
     """
-    with _on(rows.device):
-        scalars_kernel[(rows.shape[0],)](
-            rows,
-            steps,
+    n_params = params.shape[0]
+    with _on(params.device):
+        scalars_kernel[(-(-n_params // SCALARS_BLOCK),)](
+            params,
+            grads,
+            n_params,
+            hyperparams,
             scalars,
-            None if control is None else control.values,
-            None if control is None or known else control.skipped,
-            *((None, None) if known else scaling),
-            known,
-            1024,
+            scalars64,
+            None if decision is None else decision.values,
+            None if decision is None or decided else decision.skipped,
+            *((None, None) if decided else scaler),
+            decided,
+            SCALARS_BLOCK,
             num_warps=NUM_WARPS,
         )
 
 
 def launch_norms(
     tables: Sequence[NormTable],
+    grads: Tensor,
     partials: Tensor,
-    arrived: Tensor,
-    control: Control | None,
-    scaling: Scaling,
-    max_grad_norm: float | None,
-    skip_above: float | None,
+    finished: Tensor,
+    decision: GradDecision | None,
+    scaler: GradScalerInputs,
+    options: GradNormOptions,
 ) -> None:
     """Norm of all gradients of some tables on one device, and what follows from it.
 
     Args:
+        grads: int64, addresses of all gradients on the device; 0 where there is none.
         partials: float64 [n + 1] for n partial sums.
-        arrived: int32, 0.
-        control: written; without it only the sum of squares is made, as the last of `partials`.
-        max_grad_norm, skip_above: as in `gradient_control`.
+        finished: int32, 0: programs that have finished.
+        decision: written; without it only the sum of squares is made, as the last of `partials`.
     """
     try:
         for table in tables:
             with _on(partials.device):
                 grad_norm_kernel[(table.spans.shape[0],)](
-                    table.grads,
+                    grads,
                     table.numels,
                     table.spans,
                     table.first,
                     partials,
                     partials.shape[0] - 1,
-                    arrived,
-                    None if control is None else control.values,
-                    None if control is None else control.skipped,
-                    *scaling,
-                    float(max_grad_norm or 0.0),
-                    float(skip_above or 0.0),
-                    max_grad_norm is not None,
-                    skip_above is not None,
+                    finished,
+                    None if decision is None else decision.values,
+                    None if decision is None else decision.skipped,
+                    *scaler,
+                    float(options.max_grad_norm or 0.0),
+                    float(options.skip_above or 0.0),
+                    options.max_grad_norm is not None,
+                    options.skip_above is not None,
                     _triton_dtype(table.dtype),
                     table.aligned,
                     norm_block_size(table.dtype),
                     num_warps=NUM_WARPS,
                 )
     except BaseException:
-        arrived.zero_()  # or programs of the next step would pass for those of this one
+        finished.zero_()  # or programs of the next step would pass for those of this one
         raise
-
-
-def _split(scalars: Scalars | Tensor, like: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor | None, Scalars]:
-    """The row in memory, if the scalars are or must be there, and the floats."""
-    if isinstance(scalars, Tensor):
-        return scalars, _NO_SCALARS
-    if (dtype or like.dtype) == torch.float64:
-        # A float argument reaches the kernel as fp32. A small pageable copy does not wait for the device.
-        return torch.tensor(scalars, dtype=torch.float64).to(like.device, non_blocking=True), _NO_SCALARS
-    return None, scalars
 
 
 def _on(device: torch.device) -> AbstractContextManager:

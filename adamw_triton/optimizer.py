@@ -1,40 +1,36 @@
-"""class AdamW: arguments, state, step."""
+"""class AdamW: arguments, step, state dict."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from . import checkpoint, graphs, storage
-from .bucket import Bucket, set_statistics, statistics_of
-from .checks import check_hyper, check_implementation, check_param, check_storage
-from .compiled import CompiledStep
-from .control import Control, Limits, Scaling
-from .plan import Frame, Plan
-from .release import GradientRelease
-from .scalars import set_decay_lr
-from .state import ParamState, State
-from .storage import Policy, StateBytes
+from . import state_dict as state_dicts
+from .grad_control import GradDecision, GradNormOptions, GradScalerInputs
+from .hyperparams import set_decay_lr
+from .plan import Plan, StepInputs
+from .storage import StateBytes, StorageOptions, master_weight
+from .validation import check_hyperparams, check_implementation, check_storage, is_trainable
 
-
-def _limit(name: str) -> Any:
-    def get(self: AdamW) -> Any:
-        return getattr(self._limits, name)
-
-    def set_(self: AdamW, value: Any) -> None:
-        limits = self._limits._replace(**{name: value})
-        limits.check()
-        if self._release is not None and limits.max_grad_norm is not None:
-            raise ValueError(
-                f"max_grad_norm={value!r}: gradient release steps before the norm of all gradients is known"
-            )
-        self._limits = limits
-
-    return property(get, set_)
+_DEFAULTS: dict[str, Any] = {
+    "amsgrad": False,
+    "maximize": False,
+    "foreach": None,
+    "capturable": False,
+    "differentiable": False,
+    "fused": None,
+    "exp_avg_dtype": None,
+    "exp_avg_sq_dtype": None,
+    "master_weight_bits": None,
+    "stochastic_rounding": False,
+    "seed": 0,
+    "cautious": False,
+    "decouple_lr": False,
+}  # of options that older checkpoints, or those of torch, lack
 
 
 class AdamW(Optimizer):
@@ -64,9 +60,8 @@ class AdamW(Optimizer):
         maximize: ascend instead of descend.
         foreach: True: one launch for all tensors that share dtypes; False: one for each tensor; None: one
             for all, unless there is only one.
-        capturable: True: `step` lives on the parameters' device, so that a CUDA graph can hold whole steps. What shall
-            change between replays (lr, betas, weight_decay) must be a 0-d tensor on the device then; a number is
-            frozen into the graph.
+        capturable: True: a CUDA graph may hold whole steps. What shall change between replays (lr, betas,
+            weight_decay) must be a 0-d tensor on the device then; a number is frozen into the graph.
         differentiable: only False.
         fused: True announces that `torch.amp.GradScaler` may leave unscaling to the step. The kernel is the
             same in any case.
@@ -102,8 +97,7 @@ class AdamW(Optimizer):
     The optimizer reads none of these, so that nothing waits for the device before you do.
 
     Raises:
-        ValueError: an option out of range or not supported, or a parameter whose elements share memory.
-        TypeError: a parameter that is neither floating point nor complex.
+        ValueError: an option out of range or not supported. Parameters are checked when they have a gradient.
 
     Example:
         >>> model = torch.nn.Linear(3, 1)
@@ -158,40 +152,30 @@ class AdamW(Optimizer):
             "cautious": cautious,
             "decouple_lr": decouple_lr,
         }
-        check_hyper(defaults)
+        check_hyperparams(defaults)
         check_implementation(defaults)
-        self._limits = Limits(max_grad_norm, skip_nonfinite, skip_grad_norm_above)
-        self._limits.check()
+        self._norm_options = GradNormOptions(max_grad_norm, skip_nonfinite, skip_grad_norm_above)
+        self._norm_options.check()
         if not isinstance(statistics, bool):
             raise ValueError(f"statistics must be True or False; got {statistics!r}")
         self.statistics = statistics
-        self._plan: Plan | None = None
-        self._controls: dict[torch.device, Control] = {}
-        self._former_sums: Tensor | None = None  # statistics of the plan before this one
-        self._graphs = graphs.Graphs()
-        self._release: GradientRelease | None = None
+        self._reset()
         super().__init__(params, defaults)
-        self._watch_state()
-        self._compiled = CompiledStep(self)
         if not any(group["stochastic_rounding"] for group in self.param_groups):
-            self._refuse_seed(seed)
+            _refuse_seed(seed)
 
-    @staticmethod
-    def _refuse_seed(seed: int) -> None:
-        if seed != 0:
-            raise ValueError(f"seed={seed} is of stochastic rounding; give it with stochastic_rounding=True")
+    def _reset(self) -> None:
+        """Begin without plans, decisions and counters."""
+        self._plans = [Plan()]
+        self._decisions: dict[torch.device, GradDecision] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with options of its own; refused like the arguments of the class."""
-        if getattr(self, "_release", None) is not None:
-            raise ValueError(
-                "gradient release: remove() its handle before a param group is added, and register again after"
-            )
         if isinstance(param_group, dict):
             options = {**self.defaults, **param_group}
-            check_hyper(options)
+            check_hyperparams(options)
             check_implementation(options)
-            for name in (*Limits._fields, "statistics"):
+            for name in (*GradNormOptions._fields, "statistics"):
                 if name in param_group:
                     raise ValueError(
                         f"{name}={param_group[name]!r} of a param group: it is of the whole optimizer; "
@@ -199,19 +183,16 @@ class AdamW(Optimizer):
                     )
         has_seed = isinstance(param_group, dict) and "seed" in param_group  # soon it has everything
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            for param in self.param_groups[-1]["params"]:
-                check_param(param)
-            check_storage(self.param_groups[-1], self.param_groups[-1]["params"])
-            if has_seed and not self.param_groups[-1]["stochastic_rounding"]:
-                self._refuse_seed(self.param_groups[-1]["seed"])
-            set_decay_lr(self.param_groups[-1])
-        except (TypeError, ValueError):
+            check_storage(group, [param for param in group["params"] if is_trainable(param)])
+            if has_seed and not group["stochastic_rounding"]:
+                _refuse_seed(group["seed"])
+            set_decay_lr(group)
+        except ValueError:
             self.param_groups.pop()
             raise
         self._announce_amp_support()
-        if "_compiled" in self.__dict__:  # not yet in the constructor
-            self._compiled.list_params(self)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -224,150 +205,98 @@ class AdamW(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: a gradient or state that does not fit its parameter, or a sparse gradient. Nothing
-                has been written then.
-            ValueError: options or parameters of a group that were changed to what its constructor refuses; likewise.
+            RuntimeError: a gradient or state that does not fit its parameter, a sparse gradient, or a tensor without
+                memory of its own. Nothing has been written then.
+            ValueError: options of a group that were changed to what its constructor refuses, or a parameter whose
+                elements share memory; likewise.
+            TypeError: a parameter of a dtype that cannot be optimized; likewise.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not torch.compiler.is_compiling():
-            self._step()
-        elif self._release is None:
-            self._compiled.trace()
+        self._plans[0].step(self.param_groups, self.state, self._step_inputs())
         return loss
 
-    # Otherwise learning rate schedulers would wrap it in a function of a file that torch.compile refuses to trace; for
-    # the same purpose as theirs, steps set _opt_called.
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-
-    @torch._disable_dynamo  # where torch.compile has given up on step, nothing in here should be compiled either
-    def _step(self) -> None:
-        self._opt_called = True
-        if self._release is not None:
-            self._release.refuse_scaling(self._frame()[0])
-            self._release.say_once("step")
-            return
-        try:
-            self._plan = self._step_plan(self._plan, self.param_groups)
-        except BaseException:
-            if not graphs.is_capturing():  # which has changed nothing
-                self._plan = None
-            raise
-
-    def _step_plan(
-        self,
-        plan: Plan | None,
-        groups: list[dict[str, Any]],
-        *,
-        only: Tensor | None = None,
-        numbers: Mapping[int, int] | None = None,
-    ) -> Plan:
-        """Take a step with a plan, or with a new one where that does not fit."""
-        scaling, frame = self._frame()
-        now = (groups, self._watch_state(), frame)
-        capturing = graphs.is_capturing()
-        grads = None if plan is None else plan.gradients(*now, capturing=capturing)
-        if capturing and (plan is None or grads is None or not plan.capturable):
-            graphs.refuse(groups)
-        if plan is None or grads is None:
-            self._graphs.outdated("options, parameters, gradients or state were changed")
-            former = [] if plan is None else plan.buckets
-            with torch.inference_mode(False):  # state must outlive a step taken in inference mode
-                plan = Plan(*now, only=only, numbers=numbers)
-            if only is None:
-                self._keep_statistics(former, plan.buckets)
-            else:
-                set_statistics(plan.buckets, statistics_of(former, only.device))
-            if plan.capturable and only is None:
-                self._graphs.watch(plan.params)
-            grads = plan.gradients(*now)
-            assert grads is not None, "a plan fits what it was just built from"
-        plan.step(grads, self._limits, scaling, self._control_on, capturing=capturing)
-        if capturing:
-            # Gradients that are released in a graph are the graph's own.
-            self._graphs.add(plan, plan.params, grads if only is None else [])
-        return plan
-
-    def _keep_statistics(self, former: list[Bucket], buckets: list[Bucket]) -> None:
-        """Those of a former plan stay until a step of the new one is not skipped."""
-        if self.statistics:
-            sums = statistics_of(former, self._control().values.device)
-            self._former_sums = self._former_sums if sums is None else sums
-            set_statistics(buckets, self._former_sums)
-
-    def _frame(self) -> tuple[Scaling, Frame]:
-        # Set by torch.amp.GradScaler for the duration of a step.
-        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        return scaling, Frame.of(self._limits, scaling, statistics=self.statistics)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As `torch.optim.Optimizer.zero_grad`; refused where a captured graph would go on with the old gradients."""
-        if torch.compiler.is_compiling():
-            if self._release is None:
-                self._compiled.zero_grad(set_to_none)
-            return
-        if self._release is not None:
-            self._release.say_once("zero_grad")
-            return
-        self._graphs.check_zero_grad(set_to_none)
-        super().zero_grad(set_to_none)
+    def _step_inputs(self) -> StepInputs:
+        # The scaler's are set by torch.amp.GradScaler for the duration of a step.
+        scaler = GradScalerInputs(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        return StepInputs(self._norm_options, scaler, self.statistics, self._home, self._decision_on)
 
     def forget_graphs(self) -> None:
         """Free what is kept for CUDA graphs that hold steps; they must not be replayed any more."""
-        self._graphs.forget()
+        for plan in self._plans:
+            plan.forget_captures()
 
-    def _control_on(self, device: torch.device) -> Control:
-        if device not in self._controls:
+    @property
+    def _home(self) -> torch.device:
+        """Device of the first parameter."""
+        params = (param for group in self.param_groups for param in group["params"])
+        return next((param.device for param in params), torch.device("cpu"))
+
+    def _decision_on(self, device: torch.device) -> GradDecision:
+        if device not in self._decisions:
             with torch.inference_mode(False):
-                self._controls[device] = Control(device)
-        return self._controls[device]
+                self._decisions[device] = GradDecision(device)
+        return self._decisions[device]
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        return self._norm_options.max_grad_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float | None) -> None:
+        self._set_norm_options(max_grad_norm=value)
+
+    @property
+    def skip_nonfinite(self) -> bool:
+        return self._norm_options.skip_nonfinite
+
+    @skip_nonfinite.setter
+    def skip_nonfinite(self, value: bool) -> None:
+        self._set_norm_options(skip_nonfinite=value)
+
+    @property
+    def skip_grad_norm_above(self) -> float | None:
+        return self._norm_options.skip_grad_norm_above
+
+    @skip_grad_norm_above.setter
+    def skip_grad_norm_above(self, value: float | None) -> None:
+        self._set_norm_options(skip_grad_norm_above=value)
+
+    def _set_norm_options(self, **changes: Any) -> None:
+        options = self._norm_options._replace(**changes)
+        options.check()
+        self._norm_options = options
 
     @property
     def grad_norm(self) -> Tensor | None:
-        return self._control().values[2] if self._limits.need_norm else None
+        return self._decision_on(self._home).values[2] if self._norm_options.need_norm else None
 
     @property
     def skipped_steps(self) -> Tensor:
-        return self._control().skipped
-
-    def _control(self) -> Control:
-        parts = [] if self._plan is None else self._plan.parts
-        devices = (param.device for group in self.param_groups for param in group["params"])
-        return self._control_on(parts[0].device if parts else next(devices, torch.device("cpu")))
+        return self._decision_on(self._home).skipped
 
     @property
     def update_norm(self) -> Tensor | None:
-        return self._norm_of(0)
+        return self._norm_of_statistics(0)
 
     @property
     def param_norm(self) -> Tensor | None:
-        return self._norm_of(1)
+        return self._norm_of_statistics(1)
 
-    def _norm_of(self, which: int) -> Tensor | None:
-        plan = self._plan if self._release is None else self._release
+    def _norm_of_statistics(self, index: int) -> Tensor | None:
         if not self.statistics:
             return None
-        sums = statistics_of([] if plan is None else plan.buckets, self._control().values.device)
-        sums = self._former_sums if sums is None else sums
-        return None if sums is None else sums[which].sqrt()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a later `load_state_dict` needs, in the form of `torch.optim.AdamW.state_dict`."""
-        packed = super().state_dict()
-        packed["state"] = {
-            key: dict(entries) if isinstance(entries, ParamState) else entries
-            for key, entries in packed["state"].items()
-        }
-        return packed
+        sums = [of_plan for plan in self._plans if (of_plan := plan.sums_of_squares(self._home)) is not None]
+        return torch.stack(sums).sum(dim=0)[index].sqrt() if sums else None
 
     def torch_state_dict(self) -> dict[str, Any]:
         """The state as `torch.optim.AdamW.state_dict` has it, to be loaded there.
 
         8-bit moments become float32; master weights are left out, see `master_params`.
         """
-        return checkpoint.torch_state_dict(self.param_groups, self.state_dict())
+        return state_dicts.torch_state_dict(self.param_groups, self.state_dict())
 
     @torch.no_grad()
     def master_params(self) -> list[Tensor]:
@@ -376,7 +305,7 @@ class AdamW(Optimizer):
         Those of float64 and complex parameters have their dtype.
         """
         return [
-            storage.master_weight(param, self.state.get(param, {})).clone(memory_format=torch.contiguous_format)
+            master_weight(param, self.state.get(param, {})).clone(memory_format=torch.contiguous_format)
             for group in self.param_groups
             for param in group["params"]
         ]
@@ -395,7 +324,7 @@ class AdamW(Optimizer):
             raise ValueError(f"got tensors of shapes {given}; the parameters have {expected}")
         for (param, group), value in zip(owners, values, strict=True):
             entries = self.state.get(param, {})
-            Policy.of(group).set_master(param, entries, value)
+            StorageOptions.from_group(group).set_master(param, entries, value)
             if entries:
                 self.state[param] = entries
 
@@ -411,67 +340,36 @@ class AdamW(Optimizer):
         this optimizer was built; all other options come from the checkpoint.
 
         Raises:
-            ValueError: groups, shapes or entries that do not match. Nothing has been changed then.
+            ValueError: groups, shapes or entries that do not match, or tensors without memory of their own. Nothing
+                has been changed then.
         """
-        hook = self.register_load_state_dict_pre_hook(lambda _, given: checkpoint.prepare(self.param_groups, given))
+        hook = self.register_load_state_dict_pre_hook(lambda _, given: state_dicts.pack(self.param_groups, given))
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_limits": self._limits, "statistics": self.statistics}
+        return {**super().__getstate__(), "_norm_options": self._norm_options, "statistics": self.statistics}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also how Optimizer.load_state_dict installs what it has loaded.
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, value in (
-                ("amsgrad", False),
-                ("maximize", False),
-                ("foreach", None),
-                ("capturable", False),
-                ("differentiable", False),
-                ("fused", None),
-                ("exp_avg_dtype", None),
-                ("exp_avg_sq_dtype", None),
-                ("master_weight_bits", None),
-                ("stochastic_rounding", False),
-                ("seed", 0),
-                ("cautious", False),
-                ("decouple_lr", False),
-            ):
+            for name, value in _DEFAULTS.items():
                 group.setdefault(name, value)
             set_decay_lr(group)
-        missing: dict[str, Any] = {
-            "_limits": Limits(),
-            "statistics": False,
-            "_controls": {},
-            "_graphs": graphs.Graphs(),
-            "_release": None,
-            "_former_sums": None,
-        }
-        self.__dict__.update({name: value for name, value in missing.items() if name not in self.__dict__})
-        self._graphs.outdated("state was loaded")
-        checkpoint.restore(self.param_groups, self.state)
-        self._watch_state()
-        self._plan = None
-        if "_compiled" in self.__dict__:
-            self._compiled.list_params(self)
-        else:
-            self._compiled = CompiledStep(self)
+        if "_plans" not in self.__dict__:  # unpickled or copied
+            self.__dict__.setdefault("_norm_options", GradNormOptions())
+            self.__dict__.setdefault("statistics", False)
+            self._reset()
+        state_dicts.restore(self.param_groups, self.state)
         self._announce_amp_support()
-
-    def _watch_state(self) -> State:
-        """The state, as a dict that notes changes even if somebody has assigned another."""
-        state: Any = self.state
-        if not isinstance(state, State):
-            self.state = state = State(state)  # type: ignore[assignment]  # declared a defaultdict
-        return state
-
-    max_grad_norm = _limit("max_grad_norm")
-    skip_nonfinite = _limit("skip_nonfinite")
-    skip_grad_norm_above = _limit("skip_grad_norm_above")
 
     def _announce_amp_support(self) -> None:
         self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
+
+
+def _refuse_seed(seed: int) -> None:
+    if seed != 0:
+        raise ValueError(f"seed={seed} is of stochastic rounding; give it with stochastic_rounding=True")

@@ -1,330 +1,368 @@
 """Which tensors go in which launch, and when that has to be thought over.
 
-Between two steps almost nothing changes: the addresses of the gradients and a few scalars. A `Plan` holds the
-rest: tensors in buckets, one launch each. `Plan.gradients` looks, in a few passes over lists, for everything
-that would make the plan wrong: parameters, state and options are the user's to replace.
+    param groups, state, gradients          read anew at every step
+          |
+      Signature ---- different ----> build: check all, complete state, group what can share a launch
+          |                              |
+        equal                            |
+          |                              v
+          +--------> DevicePlan of each device: tables of addresses, step counts
+                         |
+                     LaunchGroup of each mix of formats: one launch
+
+Kept between steps are numbers, and tables on the device; no parameter, gradient or state, so that whatever is dropped
+or replaced is free at once. Compared at every step is all that a table holds: addresses, dtypes, shapes and strides,
+and the options that choose a kernel. Addresses of gradients, and hyper-parameters, are written to the device when they
+change. Parameters on devices without kernels are stepped one by one in eager torch, and nothing about them is kept.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import launch, reference
-from .bucket import Bucket, Item
-from .checks import check_implementation, check_storage
-from .control import Control, Limits, Scaling, move
-from .layout import is_dense
-from .part import Part
-from .scalars import Hyper, set_decay_lr
-from .state import State
-from .storage import Policy
+from . import eager, launch
+from .device_plan import DevicePlan, Members
+from .grad_control import GradDecision, GradNormOptions, GradScalerInputs, decide, move
+from .hyperparams import Hyperparams, set_decay_lr
+from .launch_group import ALIGNMENT, GradLayout, ParamWork
+from .signature import Signature
+from .step_counts import place_steps
+from .storage import StorageOptions, follow_param
+from .validation import check_hyperparams, check_implementation, check_storage, is_simulated
 
-# The options that a plan is built for; all others are read at every step.
-_structural_of = itemgetter(
-    "foreach", "amsgrad", "maximize", "capturable", "differentiable", "cautious", "decouple_lr", *Policy._fields
+_options_of = itemgetter(
+    "foreach", "amsgrad", "maximize", "capturable", "differentiable", "cautious", *StorageOptions._fields
 )
-_values_of = itemgetter("lr", "betas", "eps", "weight_decay")
-_params_of = itemgetter("params")
+_values_of = itemgetter("lr", "betas", "eps", "weight_decay", "decouple_lr")
 _grad_of = attrgetter("grad")
 
 
-class Frame(NamedTuple):
-    """What a plan is built for besides the param groups.
+class StepInputs(NamedTuple):
+    """What a step is taken with, besides param groups and state.
 
     Attributes:
-        need_norm: whether steps need the norm of all gradients.
-        skippable: whether the device decides whether a step is taken.
+        norm_options: of the norm of all gradients.
+        scaler: what GradScaler leaves to the step.
         statistics: whether norms of update and parameters are wanted.
+        home: device of the optimizer's first parameter.
+        decision_on: the optimizer's decision on a device.
     """
 
-    need_norm: bool
-    skippable: bool
+    norm_options: GradNormOptions
+    scaler: GradScalerInputs
     statistics: bool
-
-    @classmethod
-    def of(cls, limits: Limits, scaling: Scaling, *, statistics: bool) -> Frame:
-        return cls(limits.need_norm, scaling.given or limits.skip_above is not None, statistics)
+    home: torch.device
+    decision_on: Callable[[torch.device], GradDecision]
 
 
 class Plan:
-    """The launches of a step, for one set of parameters that have gradients.
-
-    Building one checks everything it is given, then creates missing state; a refusal leaves all as it was.
+    """The launches of a step.
 
     Args:
-        groups: the optimizer's param groups.
-        state: the optimizer's state, filled in for parameters at their first update.
-        frame: what else the steps are taken with.
-        only: one parameter, of the first group, to step alone.
-        numbers: of each parameter among all, by its id, if these are not all.
+        first_index: number of the first parameter among all of the optimizer: random bits depend on it.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[dict[str, Any]],
-        state: State,
-        frame: Frame,
-        *,
-        only: Tensor | None = None,
-        numbers: Mapping[int, int] | None = None,
-    ) -> None:
-        self.frame, self.only = frame, only
-        for group in groups:
-            set_decay_lr(group)
-        self.structure = _structure(groups)
-        self._read_values(groups)
-        self.hypers_on_device = any(hyper.on_device for hyper in self.hypers)
-        self.capturable = any(group["capturable"] for group in groups)
-        params_of_groups = [list(group["params"]) if only is None else [only] for group in groups]
-        self.sizes = list(map(len, params_of_groups))
-        self.group_params = list(chain.from_iterable(params_of_groups))
-        everything = {id(param): param for param in self.group_params}
-        numbers = numbers or {key: number for number, key in enumerate(everything)}
-        self.without_grad = [param for param in everything.values() if param.grad is None]
+    def __init__(self, first_index: int = 0) -> None:
+        self._first_index = first_index
+        self._signature: Signature | None = None
+        self._devices: list[tuple[DevicePlan, slice]] = []  # with their parameters' place in the signature
+        self._outside: list[int] = []  # indices of parameters that are not in it
+        self._values: list[Any] | None = None
+        self._hyperparams: list[Hyperparams] = []
+        self._known_grads: dict[int, tuple[GradLayout, bool]] = {}  # by id of the parameter: layout, alignment
+        self._with_master: list[int] = []  # members with a float32 master
+        self._versions: list[int] = []  # of these, after the last step
+        self._eager_sums: list[Tensor] = []
+        self._captured: list[Any] = []  # whose tables CUDA graphs read
 
-        items = [
-            Item(param, param.grad, state.get(param, {}), index, numbers[id(param)])
-            for index, params in enumerate(params_of_groups)
-            for param in params
-            if param.grad is not None and everything.pop(id(param), None) is not None  # a duplicate steps once
-        ]
-        for group, params in zip(
-            groups, params_of_groups, strict=True
-        ):  # which may have changed since they were checked
-            check_implementation(group)
-            check_storage(group, params)
-        for item in items:
-            item.check()
-            no_kernels = self.capturable and item.param.is_cuda and not launch.has_kernels(item.param.device)
-            if no_kernels:
-                raise RuntimeError("capturable=True needs Triton on a GPU; install triton, or use capturable=False")
-        for item in items:
-            item.entries = state.watch(item.param)
-            group = groups[item.group]
-            Policy.of(group).complete(item.param, item.entries, amsgrad=group["amsgrad"])
-        _separate_shared_memory(items)
-
-        steps = dict(zip(items, _read_steps(items), strict=True))
-        by_device: dict[torch.device, list[Item]] = defaultdict(list)
-        for item in items:
-            by_device[item.param.device].append(item)
-        self.parts = [
-            Part(
-                members,
-                [steps[item] for item in members],
-                groups,
-                self.hypers,
-                need_norm=frame.need_norm,
-                count_on_device=frame.skippable or self.capturable or self.hypers_on_device,
-                capturable=self.capturable,
-                statistics=frame.statistics,
-            )
-            for members in by_device.values()
-        ]
-        self._remember(state)
-
-    def _remember(self, state: State) -> None:
-        """What `gradients` compares with."""
-        self.changes = state.changes
-        if self.only is None:
-            self.changes.seen = True
-        else:
-            self.entries = list(state[self.only].values())
-        self.first_moments = [tensor for bucket in self.buckets for tensor in bucket.states[0].tensors]
-        self.first_moment_addresses = list(map(Tensor.data_ptr, self.first_moments))
-        self.params = [param for part in self.parts for param in part.params]
-        self.param_addresses = list(map(Tensor.data_ptr, self.params))
-        self.param_numels = list(map(Tensor.numel, self.params))
-        # Only with two equal dimensions can strides change while address and shape stay.
-        self.squares = [p for p in self.params if len({n for n in p.shape if n > 1}) < sum(n > 1 for n in p.shape)]
-        self.square_strides = list(map(Tensor.stride, self.squares))
-        grads: list[Any] = list(map(_grad_of, self.params))
-        self.grad_addresses = list(map(Tensor.data_ptr, grads))
-        self.grad_contiguous = list(map(Tensor.is_contiguous, grads))
-        self.strided = [i for i, param in enumerate(self.params) if not param.is_contiguous()]
-        self.grad_strides = [grads[i].stride() for i in self.strided]
-        # For all other parameters, assigning `.grad` checks the dtype.
-        self.any_dtype = [i for i, p in enumerate(self.params) if getattr(p, "grad_dtype", p.dtype) != p.dtype]
-        self.grad_dtypes = [grads[i].dtype for i in self.any_dtype]
-        # Only the imaginary part of a conjugate is negated lazily: every other element of something.
-        self.may_be_neg = [i for i, g in enumerate(grads) if g.numel() < 2 or not g.is_contiguous()]
-        self.grad_neg = [grads[i].is_neg() for i in self.may_be_neg]
-        # The norm walks through memory: gradients with gaps take part as copies.
-        self.may_have_gaps = [i for i, g in enumerate(grads) if self.frame.need_norm and not g.is_contiguous()]
-        self.copies: list[Tensor] = []
-
-    def _read_values(self, groups: Sequence[dict[str, Any]]) -> None:
-        self.values = list(map(_values_of, groups))
-        self.hypers = list(map(Hyper.of, groups))
-        # Neither the values of tensors nor those in a list are seen by comparing with what they were.
-        self.volatile = any(
-            type(betas) is not tuple or any(isinstance(value, Tensor) for value in (lr, weight_decay, *betas))
-            for lr, betas, _, weight_decay in self.values
-        )
-
-    @property
-    def buckets(self) -> list[Bucket]:
-        return [bucket for part in self.parts for bucket in part.buckets]
-
-    def gradients(
-        self, groups: Sequence[dict[str, Any]], state: State, frame: Frame, *, capturing: bool = False
-    ) -> list[Tensor] | None:
-        """The gradients to step with, in the order of the buckets, or None if the plan no longer fits."""
-        params = self.params
-        if (
-            frame != self.frame
-            or _structure(groups) != self.structure
-            or (self.only is None and not self._same_params(groups))
-            or not self._same_state(state)
-            # Offloading code re-points every state at once: the first of each bucket tells.
-            or list(map(Tensor.data_ptr, self.first_moments)) != self.first_moment_addresses
-            or any(part.rows.steps._version != part.rows.version for part in self.parts)
-            or list(map(Tensor.data_ptr, params)) != self.param_addresses
-            or list(map(Tensor.numel, params)) != self.param_numels
-            or list(map(Tensor.stride, self.squares)) != self.square_strides
-            or any(param.grad is not None for param in self.without_grad)
-        ):
-            return None
-        if self.volatile or list(map(_values_of, groups)) != self.values:
-            self._read_values(groups)
-            if any(hyper.on_device for hyper in self.hypers) != self.hypers_on_device:
-                return None
-        grads = list(map(_grad_of, params))
-        try:
-            addresses = list(map(Tensor.data_ptr, grads))
-        except (TypeError, RuntimeError):  # no gradient any more, or one without memory of its own
-            return None
-        # An allocator hands out the same address for another layout, so that addresses alone do not tell.
-        if (
-            list(map(Tensor.is_contiguous, grads)) != self.grad_contiguous
-            or (self.strided and [grads[i].stride() for i in self.strided] != self.grad_strides)
-            or (self.any_dtype and [grads[i].dtype for i in self.any_dtype] != self.grad_dtypes)
-            or (self.may_be_neg and [grads[i].is_neg() for i in self.may_be_neg] != self.grad_neg)
-        ):
-            return None
-        if self.may_have_gaps:
-            self.copies = []
-            for i in self.may_have_gaps:
-                if not is_dense(grads[i]):
-                    self.copies.append(grads[i].contiguous())
-                    addresses[i] = self.copies[-1].data_ptr()
-        replayed = any(part.addresses is not None and part.addresses.replayed for part in self.parts)
-        moved = capturing or replayed or addresses != self.grad_addresses
-        if moved and not self._take_addresses(grads, addresses, capturing):
-            return None
-        return grads
-
-    def _same_params(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether the groups hold the same objects. `==` would compare the tensors' elements."""
-        params = list(map(_params_of, groups))
-        return list(map(len, params)) == self.sizes and all(map(is_, chain.from_iterable(params), self.group_params))
-
-    def _same_state(self, state: State) -> bool:
-        """Whether no entry has been replaced."""
-        if self.only is None:
-            return state.changes is self.changes and self.changes.seen
-        entries = state.get(self.only, {})
-        return len(entries) == len(self.entries) and all(map(is_, entries.values(), self.entries))
-
-    def _take_addresses(self, grads: list[Tensor], addresses: list[int], capturing: bool) -> bool:
-        """Use gradients that lie elsewhere; False if they are not like the ones before."""
-        if list(map(Tensor.numel, grads)) != self.param_numels:
-            return False
-        for part, its in self._slices():
-            replayed = part.addresses is not None and part.addresses.replayed
-            moved = capturing or replayed or addresses[its] != self.grad_addresses[its]
-            if moved and not part.take_addresses(addresses[its], capturing=capturing):
-                return False
-        self.grad_addresses = addresses
-        return True
-
-    def step(
-        self,
-        grads: list[Tensor],
-        limits: Limits,
-        scaling: Scaling,
-        control_on: Callable[[torch.device], Control],
-        *,
-        capturing: bool = False,
-    ) -> None:
-        """Step everything, with gradients from `gradients`.
+    def step(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Any, Any], inputs: StepInputs) -> None:
+        """Step every parameter that has a gradient.
 
         Args:
-            limits: of this step.
-            scaling: of the gradients.
-            control_on: the optimizer's control on a device.
-            capturing: whether a CUDA graph is being captured.
+            groups: param groups.
+            state: of the optimizer, filled in for parameters at their first update.
+
+        Raises:
+            RuntimeError, ValueError, TypeError: of `validation`; nothing has been written then.
         """
-        need_norm = self.frame.need_norm
-        if need_norm and self.parts:
-            self._decide(grads, limits, scaling, control_on)
-        for part, its in self._slices():
-            control = control_on(part.device) if need_norm or scaling.given else None
-            part.step(grads[its], self.hypers, scaling, control, known=need_norm, capturing=capturing)
-        if not capturing:
-            self.copies = []
+        params = [param for group in groups for param in group["params"]]
+        grads: list[Tensor | None] = list(map(_grad_of, params))
+        hyperparams = self._read_hyperparams(groups)
+        sizes = [len(group["params"]) for group in groups]
+        options = (list(map(_options_of, groups)), sizes, inputs.norm_options.need_norm, inputs.statistics)
+        members = None if self._signature is None else self._signature.read(options, params, grads, state)
+        if members is not None and any(grads[i] is not None and launch.can_launch(params[i]) for i in self._outside):
+            members = None
+        outside = self._outside if members is not None else _first_occurrences(params)
+        with_grad = [i for i in outside if grads[i] is not None]
+        works = self._works(with_grad, params, grads, groups, state) if with_grad else []
+        _check(works, groups)
+        capturing = is_capturing()
+        if capturing and (members is None or any(work.param.is_cuda for work in works)):
+            _refuse_capture(groups)
+        if members is None or works:
+            with torch.inference_mode(False):  # state must outlive a step taken in inference mode
+                for work in works:
+                    state.setdefault(work.param, work.entries)
+                    _storage_of(work, groups).complete(work.param, work.entries, amsgrad=groups[work.group]["amsgrad"])
+                if members is None:
+                    members = self._build(works, options, params, grads, groups, state, inputs)
+        eager_works = [work for work in works if not launch.can_launch(work.param)]
+        if eager_works or any(grad is not None for grad in members.grads):
+            self._launch(members, eager_works, groups, hyperparams, inputs, capturing)
+
+    def forget_captures(self) -> None:
+        """Free the tables of CUDA graphs, which must not be replayed any more."""
+        self._captured.clear()
+
+    def sums_of_squares(self, device: torch.device) -> Tensor | None:
+        """Return those of the change of all parameters at the last step, and of these: float64 [2] on the device."""
+        tables = [plan.statistics for plan, _ in self._devices if plan.statistics is not None]
+        sums = [table[..., :2].sum(dim=(0, 1), dtype=torch.float64) for table in tables]
+        sums = [move(of_device, device) for of_device in (*sums, *self._eager_sums)]
+        return torch.stack(sums).sum(dim=0) if sums else None
+
+    def _read_hyperparams(self, groups: Sequence[dict[str, Any]]) -> list[Hyperparams]:
+        """Return those of each group, checked when they have changed."""
+        values = list(chain.from_iterable((*_values_of(group), group.get("decay_lr")) for group in groups))
+        if self._values is None or len(values) != len(self._values) or not all(map(is_, values, self._values)):
+            for group in groups:
+                check_hyperparams(group)
+                set_decay_lr(group)
+            self._hyperparams = list(map(Hyperparams.from_group, groups))
+            # What a tensor or a list holds can change while the object stays.
+            is_fixed = not any(isinstance(value, Tensor) for of_group in self._hyperparams for value in of_group)
+            self._values = values if is_fixed and not any(type(value) is list for value in values) else None
+        return self._hyperparams
+
+    def _works(
+        self,
+        indices: Sequence[int],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Any, Any],
+    ) -> list[ParamWork]:
+        group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
+        works = []
+        for i in indices:
+            param, grad = params[i], grads[i]
+            layout, is_aligned = self._known_grads.get(id(param), (None, True))
+            if grad is not None:
+                layout = GradLayout.of(grad)
+                is_aligned = is_aligned and (is_simulated(grad) or grad.data_ptr() % ALIGNMENT == 0)
+            elif layout is None or layout.shape != param.shape:
+                layout = GradLayout(Tensor, param.dtype, param.shape, param.stride(), False)
+            number = self._first_index + i
+            works.append(ParamWork(param, grad, state.get(param, {}), group_of[i], number, layout, is_aligned))
+        return works
+
+    def _build(
+        self,
+        works: Sequence[ParamWork],
+        options: Any,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Any, Any],
+        inputs: StepInputs,
+    ) -> Members:
+        """Make the tables of all parameters that go through kernels, and have a gradient or had one.
+
+        Args:
+            works: of the parameters with gradients, checked and complete.
+        """
+        self._signature, self._devices = None, []
+        chosen = {work.index - self._first_index for work in works}
+        without_grad = [i for i in _first_occurrences(params) if i not in chosen and state.get(params[i])]
+        waiting = [w for w in self._works(without_grad, params, grads, groups, state) if _is_ready(w, groups)]
+        by_device: dict[torch.device, list[ParamWork]] = defaultdict(list)
+        for work in sorted([*works, *waiting], key=lambda work: work.index):
+            if launch.can_launch(work.param):
+                by_device[work.param.device].append(work)
+        in_order: list[ParamWork] = []
+        for device, its_works in by_device.items():
+            place_steps([work.entries for work in its_works], device)
+            for work in its_works:
+                if "master_param" in work.entries:
+                    follow_param(work.param, work.entries["master_param"])
+            _set_turns(its_works)
+            plan = DevicePlan(its_works, groups, need_norm=inputs.norm_options.need_norm, statistics=inputs.statistics)
+            self._devices.append((plan, slice(len(in_order), len(in_order) + len(its_works))))
+            in_order += [its_works[i] for i in plan.order]
+        self._known_grads = {id(work.param): (work.grad_layout, work.is_aligned) for work in in_order}
+        self._with_master = [i for i, work in enumerate(in_order) if "master_param" in work.entries]
+        self._versions = [in_order[i].param._version for i in self._with_master]
+        order = [work.index - self._first_index for work in in_order]
+        self._outside = [i for i in _first_occurrences(params) if i not in set(order)]
+        if not in_order:
+            return Members([], [], [], [])
+        self._signature = Signature(
+            options,
+            len(params),
+            order,
+            [
+                (slice(span.start + group.span.start, span.start + group.span.stop), group.state_names)
+                for plan, span in self._devices
+                for group in plan.groups
+            ],
+            [work.param for work in in_order],
+            [work.entries for work in in_order],
+            [work.grad_layout for work in in_order],
+            [is_aligned for plan, _ in self._devices for is_aligned in plan.aligned],
+        )
+        members = self._signature.read(options, params, grads, state)
+        assert members is not None, "a plan fits what it was just built from"
+        return members
+
+    def _launch(
+        self,
+        members: Members,
+        eager_works: Sequence[ParamWork],
+        groups: Sequence[Mapping[str, Any]],
+        hyperparams: Sequence[Hyperparams],
+        inputs: StepInputs,
+        capturing: bool,
+    ) -> None:
+        """Decide, and step all; everything has been checked."""
+        norm_options, scaler = inputs.norm_options, inputs.scaler
+        if norm_options.need_norm and self._signature is not None:
+            members = _without_gaps(members, self._signature.with_gaps)
+        self._follow_masters(members)
+        parts = [(plan, members.part(span)) for plan, span in self._devices]
+        temporary = [plan.write_inputs(part, hyperparams, capturing=capturing) for plan, part in parts]
+        subject = norm_options.need_norm or scaler.present
+        decided = subject and self._decide(parts, eager_works, inputs)
+        for plan, part in parts:
+            decision = inputs.decision_on(plan.device) if subject else None
+            plan.step(part, decision, scaler, decided=decided)
+        decision_on = inputs.decision_on if subject else None
+        sums = eager.step(eager_works, groups, hyperparams, decision_on, statistics=inputs.statistics)
+        if sums is not None:
+            self._eager_sums = sums
+        self._versions = [members.params[i]._version for i in self._with_master]
+        if capturing:
+            self._captured.append((self._devices, temporary))
+
+    def _follow_masters(self, members: Members) -> None:
+        """Take over what was written to parameters with masters since the last step."""
+        for i, version in zip(self._with_master, self._versions, strict=True):
+            if members.params[i]._version != version:
+                follow_param(members.params[i], members.entries[i]["master_param"])
 
     def _decide(
-        self, grads: list[Tensor], limits: Limits, scaling: Scaling, control_on: Callable[[torch.device], Control]
-    ) -> None:
-        """The norm of all gradients, and what follows from it, on every device."""
-        first = self.parts[0]
-        if len(self.parts) == 1 and first.has_kernels:
-            first.write_control(control_on(first.device), limits, scaling)
-            return
-        sums = [move(part.sum_of_squares(grads[its]), first.device) for part, its in self._slices()]
-        values = reference.gradient_control(
-            torch.stack(sums).sum(), *scaling.to(first.device), limits.max_grad_norm, limits.skip_above
+        self, parts: Sequence[tuple[DevicePlan, Members]], eager_works: Sequence[ParamWork], inputs: StepInputs
+    ) -> bool:
+        """Decide over the gradients of the whole model; return False where that is left to the kernel that counts."""
+        need_norm = inputs.norm_options.need_norm
+        if len(parts) == 1 and not eager_works and parts[0][0].device == inputs.home:
+            if need_norm:
+                parts[0][0].decide(inputs.decision_on(inputs.home), inputs.scaler, inputs.norm_options)
+            return need_norm
+        devices = [*(plan.device for plan, _ in parts), *(work.param.device for work in eager_works)]
+        at = inputs.home if inputs.home.type != "meta" else next((d for d in devices if d.type != "meta"), inputs.home)
+        total = None
+        if need_norm:
+            sums = [plan.sum_of_squares() for plan, _ in parts]
+            sums += [
+                eager.sum_of_squares(work)
+                for work in eager_works
+                if work.param.device.type != "meta" or at.type == "meta"
+            ]
+            total = torch.stack([move(of_device, at) for of_device in sums]).sum()
+        values = decide(total, inputs.scaler.to(at), inputs.norm_options)
+        inputs.decision_on(inputs.home).set(values)
+        for device in set(devices) - {inputs.home}:
+            inputs.decision_on(device).values.copy_(move(values, device))
+        return True
+
+
+def is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _refuse_capture(groups: Sequence[Mapping[str, Any]]) -> NoReturn:
+    if not all(group["capturable"] for group in groups):
+        raise RuntimeError(
+            "step() cannot be captured in a CUDA graph unless it was announced: build the optimizer with "
+            "capturable=True, or capture forward and backward only"
         )
-        for part in self.parts:
-            control_on(part.device).set(values)
-
-    def _slices(self) -> list[tuple[Part, slice]]:
-        slices, start = [], 0
-        for part in self.parts:
-            slices.append((part, slice(start, start + len(part.params))))
-            start += len(part.params)
-        return slices
+    raise RuntimeError(
+        "step() can be captured in a CUDA graph only after one like it outside, which allocates what the graph uses: "
+        "take a warm-up step with gradients for the same parameters and with the same options, on a side stream, "
+        "before the capture"
+    )
 
 
-def _structure(groups: Sequence[Mapping[str, Any]]) -> list[Any]:
-    return [*map(_structural_of, groups), *[group.get("decay_lr") for group in groups]]
+def _first_occurrences(params: Sequence[Tensor]) -> list[int]:
+    """Return the index of each parameter; one that is listed twice steps once."""
+    first: dict[int, int] = {}
+    for i, param in enumerate(params):
+        first.setdefault(id(param), i)
+    return list(first.values())
 
 
-def _read_steps(items: Sequence[Item]) -> list[float]:
-    """Step counts, with one synchronisation for each device that holds some."""
-    steps = [torch.as_tensor(item.entries["step"], dtype=torch.float32).reshape(()) for item in items]
-    values = [0.0] * len(steps)
-    for device in {step.device for step in steps}:
-        indices = [i for i, step in enumerate(steps) if step.device == device]
-        for i, value in zip(indices, torch.stack([steps[i] for i in indices]).tolist(), strict=True):
-            values[i] = value
-    return values
+def _storage_of(work: ParamWork, groups: Sequence[Mapping[str, Any]]) -> StorageOptions:
+    return StorageOptions.from_group(groups[work.group])
 
 
-def _separate_shared_memory(items: Sequence[Item]) -> None:
-    """Give parameters that share memory different waves, in their order: in one launch they would race."""
-    by_device: dict[torch.device, list[tuple[int, int, int]]] = defaultdict(list)
-    for order, param in enumerate(item.param for item in items):
+def _check(works: Sequence[ParamWork], groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what cannot be stepped, before anything is written."""
+    by_group: dict[int, list[Tensor]] = defaultdict(list)
+    for work in works:
+        work.check()
+        by_group[work.group].append(work.param)
+    for group, params in by_group.items():  # whose options may have changed since they were checked
+        check_implementation(groups[group])
+        check_storage(groups[group], params)
+        if groups[group]["capturable"] and any(param.is_cuda and not launch.can_launch(param) for param in params):
+            raise RuntimeError("capturable=True needs Triton on a GPU; install triton, or use capturable=False")
+
+
+def _is_ready(work: ParamWork, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a parameter without a gradient can take part in the tables, to be stepped once it has one."""
+    try:
+        work.check()
+        check_storage(groups[work.group], [work.param])
+    except (RuntimeError, ValueError, TypeError):  # it is refused when it has a gradient
+        return False
+    return "step" in work.entries and _storage_of(work, groups).is_complete(
+        work.param, work.entries, amsgrad=groups[work.group]["amsgrad"]
+    )
+
+
+def _set_turns(works: Sequence[ParamWork]) -> None:
+    """Have parameters that share memory stepped one after the other: in one launch they would race."""
+    extents = []
+    for work in works:
+        param = work.param
         if param.numel():
             span = 1 + sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True))
-            start = param.data_ptr()
-            by_device[param.device].append((start, start + span * param.element_size(), order))
-    for extents in by_device.values():
-        sharing: list[int] = []
-        reach = 0
-        for start, end, order in sorted(extents):
-            if start >= reach:
-                sharing = []
-            sharing.append(order)
-            reach = max(reach, end)
-            if len(sharing) > 1:
-                for wave, index in enumerate(sorted(sharing)):
-                    items[index].wave = wave
+            extents.append((param.data_ptr(), param.data_ptr() + span * param.element_size(), work))
+    extents.sort(key=lambda extent: extent[:2])
+    reach, last = 0, None
+    for start, end, work in extents:
+        if start < reach and last is not None:
+            last.turn, work.turn = 1 + last.index, 1 + work.index
+        if end > reach:
+            reach, last = end, work
+
+
+def _without_gaps(members: Members, with_gaps: Sequence[int]) -> Members:
+    """Return members whose gradients can be walked through memory: those with gaps are copied."""
+    if not with_gaps:
+        return members
+    grads, addresses = list(members.grads), list(members.grad_addresses)
+    for i in with_gaps:
+        grad = grads[i]
+        if grad is not None:
+            grads[i] = copy = grad.contiguous()
+            addresses[i] = copy.data_ptr()
+    return members._replace(grads=grads, grad_addresses=addresses)

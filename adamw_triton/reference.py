@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from . import storage
-from .storage import Rounding, TensorState
+from .storage import NoiseKey, StateTensors
 
 
 def adamw_(
     param: Tensor,
     grad: Tensor,
-    state: TensorState,
+    state: StateTensors,
     *,
     step: float,
     lr: float,
@@ -27,7 +26,7 @@ def adamw_(
     maximize: bool = False,
     cautious: bool = False,
     grad_factor: Tensor | None = None,
-    rounding: Rounding | None = None,
+    noise_key: NoiseKey | None = None,
     statistics: Tensor | None = None,
 ) -> None:
     """Update number `step` (1 is the first) of one real parameter and its state, in place.
@@ -38,11 +37,11 @@ def adamw_(
 
     Args:
         param, grad, and moments with floating dtypes: same shape, any strides. grad is not modified.
-        state: a master, 8-bit moments and `rounding` need all of them flat.
+        state: a master, 8-bit moments and `noise_key` need all of them flat.
         decay_lr: weight_decay is multiplied by lr / decay_lr.
         cautious: decay only where that moves the parameter as the update does.
         grad_factor: 0-d tensor that the gradient is multiplied by.
-        rounding: stochastic where it is given.
+        noise_key: of stochastic rounding, where it is given.
         statistics: two elements, set to the sums of squares of the parameter's change and of the new parameter, before
             they are rounded.
     """
@@ -72,12 +71,13 @@ def adamw_(
     bias_correction2 = 1 - beta2**step
     denominator = (second_moment.sqrt() / bias_correction2**0.5).add_(eps)
     if cautious:
-        p.mul_(torch.where(m / denominator * p >= 0, decay, 1.0))
+        # In the arithmetic's dtype: where() of two numbers would make the default one.
+        p.mul_(torch.where(m / denominator * p >= 0, torch.full_like(p, decay), 1.0))
     p.addcdiv_(m, denominator, value=-lr / bias_correction1)
     if statistics is not None and old is not None:
         statistics.copy_(torch.stack([value.double().square().sum() for value in (p - old, p)]))
 
-    of_param, of_exp_avg, of_exp_avg_sq = (None,) * 3 if rounding is None else storage.noise(rounding, int(step), p)
+    of_param, of_exp_avg, of_exp_avg_sq = (None,) * 3 if noise_key is None else storage.noise(noise_key, int(step), p)
     _store_param(param, state, p, of_param)
     _store("exp_avg", state, m, of_exp_avg)
     _store("exp_avg_sq", state, v, of_exp_avg_sq)
@@ -85,48 +85,13 @@ def adamw_(
         _write(state.max_exp_avg_sq, largest, of_exp_avg_sq)
 
 
-def gradient_control(
-    sum_of_squares: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    max_grad_norm: float | None,
-    skip_grad_norm_above: float | None,
-) -> Tensor:
-    """Factor for the gradients, flag to skip the step, and norm: what kernels/grad_norm.py computes.
-
-    Args:
-        sum_of_squares: 0-d float64, of all gradients; the other tensors are on its device.
-        grad_scale: one-element tensor that all gradients are divided by.
-        found_inf: one-element tensor; not 0 where the step is to be skipped.
-        max_grad_norm: largest norm to step with; larger ones are scaled down to it.
-        skip_grad_norm_above: skip a step with a larger norm, and one whose norm is not finite.
-
-    Returns:
-        float64 [3]; the norm is NaN without `sum_of_squares`.
-    """
-    given = next(t for t in (sum_of_squares, grad_scale, found_inf) if t is not None)
-    factor, skip, norm = (torch.full((), x, dtype=torch.float64, device=given.device) for x in (1.0, 0.0, math.nan))
-    if grad_scale is not None:
-        factor = 1 / grad_scale.double().reshape(())
-    if found_inf is not None:
-        skip = (found_inf != 0).double().reshape(())
-    if sum_of_squares is not None:
-        norm = sum_of_squares.sqrt() * factor
-        if max_grad_norm is not None:
-            factor = factor * (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
-        if skip_grad_norm_above is not None:
-            fits = (norm <= skip_grad_norm_above) & (norm < math.inf)
-            skip = torch.maximum(skip, (~fits).double())
-    return torch.stack((factor, skip, norm))
-
-
-def _load_param(param: Tensor, state: TensorState) -> Tensor:
+def _load_param(param: Tensor, state: StateTensors) -> Tensor:
     if state.master is None:
         return param
     return state.master if state.master.is_floating_point() else storage.join(param, state.master)
 
 
-def _load(name: str, state: TensorState) -> Tensor:
+def _load(name: str, state: StateTensors) -> Tensor:
     stored, scale = getattr(state, name), getattr(state, storage.SCALES[name])
     return stored if scale is None else storage.decode(name, stored, scale)
 
@@ -138,7 +103,7 @@ def _write(tensor: Tensor, value: Tensor, noise: Tensor | None) -> None:
         )
 
 
-def _store_param(param: Tensor, state: TensorState, value: Tensor, noise: Tensor | None) -> None:
+def _store_param(param: Tensor, state: StateTensors, value: Tensor, noise: Tensor | None) -> None:
     if state.master is None:
         _write(param, value, noise)
     elif state.master.is_floating_point():
@@ -147,7 +112,7 @@ def _store_param(param: Tensor, state: TensorState, value: Tensor, noise: Tensor
         _write_all((param, state.master), storage.split(value, state.master.dtype, noise))
 
 
-def _store(name: str, state: TensorState, value: Tensor, noise: Tensor | None) -> None:
+def _store(name: str, state: StateTensors, value: Tensor, noise: Tensor | None) -> None:
     stored, scale = getattr(state, name), getattr(state, storage.SCALES[name])
     if scale is None:
         _write(stored, value, noise)

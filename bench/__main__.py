@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
+
+from . import module_of
 
 # Each is a module of this package with a `main(argv)` that returns the exit status.
 COMMANDS = {
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> int:
         print(f"python -m bench: error: unknown command {command!r}; allowed: {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        module = importlib.import_module(f"bench.{command}")
+        module = module_of(command)
     except ModuleNotFoundError as error:
         if error.name not in ("matplotlib", "rich"):
             raise

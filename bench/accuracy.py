@@ -22,6 +22,7 @@ from . import common, records
 from .codes import CODES, Code
 from .data import batches, corpus
 from .gpt import GPT, Sizes
+from .loop import schedule
 from .policies import BY_NAME, Policy
 from .records import Record
 
@@ -42,14 +43,6 @@ TORCH = "torch bf16"
 TRAINED = (BASELINE, "bf16-master32", "bf16-master24-8bit", "bf16-stochastic", TORCH)
 POINTS = 50  # of a loss curve, each the mean of the steps since the last
 VALIDATION_BATCHES = 32
-
-
-def schedule(step: int, steps: int) -> float:
-    """Linear warm-up over a tenth, then a cosine to a tenth."""
-    warm_up = max(1, steps // 10)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))
 
 
 class Trainee:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -144,3 +145,11 @@ def spoil(params: Sequence[Tensor], should: Any) -> None:
             return grad
 
         param.register_hook(hook)
+
+
+def schedule(step: int, steps: int) -> float:
+    """Linear warm-up over a tenth, then a cosine to a tenth."""
+    warm_up = max(1, steps // 10)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up))

@@ -51,7 +51,7 @@ class Policy:
 
     @property
     def dtype_names(self) -> tuple[str, str, str, str]:
-        """As `machine_code.Variant` calls them."""
+        """As `codegen.variants.Variant` calls them."""
         param, grad, exp_avg, exp_avg_sq = map(dtype_name, self.dtypes)
         return param, grad, exp_avg, exp_avg_sq
 

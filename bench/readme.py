@@ -52,21 +52,15 @@ def host(document: dict[str, Any]) -> str:
 
 
 def static(document: dict[str, Any]) -> str:
-    counted = [r for r in document["records"] if r["command"] == "static" and r.get("instructions_per_element")]
-    found = [r for r in counted if "policy" in r and "state_bytes" in r]
+    of_policies = [r for r in document["records"] if r["command"] == "static" and "state_bytes" in r]
+    found = [r for r in of_policies if r.get("instructions_per_element")]
     targets = list(dict.fromkeys(r["target"] for r in found))
-
-    def counts(of_kernel: list[dict[str, Any]]) -> list[str]:
-        cells = {r["target"]: f"{r['instructions_per_element']:.1f}" for r in of_kernel}
-        return [cells.get(target, "") for target in targets]
-
     rows = []
     for policy, kernel in dict.fromkeys((r["policy"], r["kernel"]) for r in found):
         of_kernel = [r for r in found if (r["policy"], r["kernel"]) == (policy, kernel)]
-        rows.append([policy, kernel, f"{of_kernel[0]['bytes_per_element']:.4g}", *counts(of_kernel)])
-    compared = [r for r in counted if r["provider"] == "flashoptim"]
-    if compared:
-        rows.append(["flashoptim, 8-bit and 24-bit: its loop", "tensor", "", *counts(compared)])
+        cells = {r["target"]: f"{r['instructions_per_element']:.1f}" for r in of_kernel}
+        counts = [cells.get(target, "") for target in targets]
+        rows.append([policy, kernel, f"{of_kernel[0]['bytes_per_element']:.4g}", *counts])
     return markdown(["policy", "entry", "bytes", *targets], rows) + conditions(document)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import common, records
+from . import common, module_of, records
 from .records import Record
 
 COMMANDS = ("static", "arithmetic", "host", "throughput", "models")
@@ -39,7 +38,7 @@ def folder_of(device: torch.device) -> Path:
 def measure(command: str, device: torch.device, console: Console) -> list[Record]:
     if command in NEEDS_GPU and device.type != "cuda":
         return [{"command": command, "case": "all", "provider": "all", "error": "not measured: no GPU"}]
-    module = importlib.import_module(f"bench.{command}")
+    module = module_of(command)
     parser = common.Parser(command, "")
     module.add_options(parser)
     start = time.perf_counter()

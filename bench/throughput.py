@@ -15,7 +15,8 @@ from adamw_triton import AdamW, launch
 from adamw_triton.scalars import Hyper, Scalars, host_scalars
 from adamw_triton.storage import Rounding, TensorState
 
-from . import common, devices, peers, records, timing
+from . import common, peers, records, timing
+from .codegen import devices
 from .policies import BY_NAME as POLICIES_BY_NAME
 from .policies import POLICIES, Policy
 from .records import Record

@@ -33,7 +33,7 @@ from adamw_triton import AdamW, param_groups_weight_decay
 from . import common
 from .data import batches, corpus
 from .gpt import GPT, Sizes
-from .loop import Features, Loop, spoil
+from .loop import Features, Loop, schedule, spoil
 from .policies import BY_NAME, POLICIES, Policy, dtype_name
 
 BETAS = (0.9, 0.95)
@@ -124,14 +124,7 @@ class Trainer:
         if features.skip_nonfinite:
             n_params = len(self.loop.params)
             spoil(self.loop.params, lambda index: self._is_spoiled() and index == len(self.run.losses) % n_params)
-        warm_up = max(1, options.steps // 10)
-
-        def schedule(step: int) -> float:
-            if step < warm_up:
-                return (step + 1) / warm_up
-            return 0.55 + 0.45 * math.cos(math.pi * (step - warm_up) / max(1, options.steps - warm_up))
-
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(schedule, steps=options.steps))
 
     def _is_spoiled(self) -> bool:
         return len(self.run.losses) % SPOILED_EVERY == SPOILED_EVERY - 1

@@ -8,8 +8,7 @@ For a parameter θ with gradient g at step t, decoupled weight decay λ and ε o
     v <- β2 v + (1 - β2) g²
     θ <- θ - η (m / (1 - β1^t)) / (sqrt(v / (1 - β2^t)) + ε)
 
-Nothing that is constant over a launch is computed here. Its numbers arrive ready, made on the host
-in double precision, because a Python float reaches a compiled kernel as fp32:
+Nothing that is constant over a tensor is computed here. Its numbers arrive ready, made in double precision:
 
     decay                       1 - ηλ
     lerp_weight                 1 - β1, or -β1 where β1 <= 1/2 (see _adamw_update)
@@ -19,8 +18,8 @@ in double precision, because a Python float reaches a compiled kernel as fp32:
     eps                         ε
     step                        t, which only stochastic rounding needs
 
-or as a float64 row of memory (`scalars_ptr`), in that order: for float64 parameters, which need more than
-fp32, where only the device knows them (kernels/scalars.py), and where the tensors of one launch differ in them.
+as a row of memory (`scalars_ptr`) for each tensor, in that order, which kernels/scalars.py writes: float32, or float64
+for float64 parameters.
 
 What is decided over the gradients of the whole model (clipping, unscaling, skipping) arrives as one factor
 and one flag in memory (`control_ptr`, from kernels/grad_norm.py).
@@ -211,17 +210,32 @@ def _step_elements(
 
 
 @triton.jit
-def _load_scalars(scalars_ptr, DTYPE: tl.constexpr):
+def _load_scalars(scalars_ptr):
     return (
-        tl.load(scalars_ptr + 0).to(DTYPE),
-        tl.load(scalars_ptr + 1).to(DTYPE),
-        tl.load(scalars_ptr + 2).to(DTYPE),
-        tl.load(scalars_ptr + 3).to(DTYPE),
-        tl.load(scalars_ptr + 4).to(DTYPE),
-        tl.load(scalars_ptr + 5).to(DTYPE),
-        tl.load(scalars_ptr + 6).to(DTYPE),
-        tl.load(scalars_ptr + 7).to(DTYPE),
+        tl.load(scalars_ptr + 0),
+        tl.load(scalars_ptr + 1),
+        tl.load(scalars_ptr + 2),
+        tl.load(scalars_ptr + 3),
+        tl.load(scalars_ptr + 4),
+        tl.load(scalars_ptr + 5),
+        tl.load(scalars_ptr + 6),
+        tl.load(scalars_ptr + 7),
     )
+
+
+@triton.jit
+def _store_no_statistics(statistics_ptr, control_ptr):
+    """Store zeros as this program's sums, unless the step is skipped."""
+    if control_ptr is not None:
+        if tl.load(control_ptr + 1) != 0.0:
+            return
+    index = tl.arange(0, STATISTICS_ROWS * 4)
+    tl.store(_statistics_of_program(statistics_ptr) + index, tl.zeros((STATISTICS_ROWS * 4,), tl.float32))
+
+
+@triton.jit
+def _statistics_of_program(statistics_ptr):
+    return statistics_ptr + tl.program_id(0).to(tl.int64) * (STATISTICS_ROWS * 4)
 
 
 @triton.jit
@@ -232,7 +246,6 @@ def _step_block(
     control_ptr,
     statistics_ptr,
     scalars_ptr,
-    scalars,
     rounding,
     MAXIMIZE: tl.constexpr,
     CAUTIOUS: tl.constexpr,
@@ -248,8 +261,7 @@ def _step_block(
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, max_exp_avg_sq_ptr, master_ptr, m_scale_ptr, v_scale_ptr = ptrs
     IS_DOUBLE: tl.constexpr = param_ptr.dtype.element_ty == tl.float64
     DTYPE: tl.constexpr = tl.float64 if IS_DOUBLE else tl.float32
-    if scalars_ptr is not None:
-        scalars = _load_scalars(scalars_ptr, DTYPE)
+    scalars = _load_scalars(scalars_ptr)
 
     # Everything that multiplies a gradient is one factor, and absent when nothing does.
     grad_factor = None
@@ -265,7 +277,7 @@ def _step_block(
     if master_ptr is not None:
         master_ptr += start
     if statistics_ptr is not None:
-        statistics_ptr += tl.program_id(0).to(tl.int64) * (STATISTICS_ROWS * 4)
+        statistics_ptr = _statistics_of_program(statistics_ptr)
     if m_scale_ptr is not None:
         m_scale_ptr += start // storage.GROUP_SIZE
     if v_scale_ptr is not None:
@@ -313,14 +325,6 @@ def adamw_kernel(
     stream: tl.int32,
     element_offset: tl.int64,
     scalars_ptr,
-    decay,
-    lerp_weight,
-    beta2,
-    one_minus_beta2,
-    neg_step_size,
-    inv_bias_correction2_sqrt,
-    eps,
-    step,
     MAXIMIZE: tl.constexpr,
     CAUTIOUS: tl.constexpr,
     ROUNDING: tl.constexpr,
@@ -342,8 +346,10 @@ def adamw_kernel(
                 float32 [n_programs, STATISTICS_ROWS, 4], written: sums of squares of the change of the parameter, of
                 the new parameter, and both again
 
-    max_exp_avg_sq_ptr, master_ptr, scales, control_ptr, statistics_ptr and scalars_ptr may be None: the compiled
-    kernel then has no trace of them.
+    scalars_ptr float32 [8], or float64 [8] of a float64 parameter
+
+    max_exp_avg_sq_ptr, master_ptr, scales, control_ptr and statistics_ptr may be None: the compiled kernel then has no
+    trace of them.
     """
     _step_block(
         (
@@ -361,7 +367,6 @@ def adamw_kernel(
         control_ptr,
         statistics_ptr,
         scalars_ptr,
-        (decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps, step),
         (seed, stream, element_offset),
         MAXIMIZE,
         CAUTIOUS,
@@ -379,7 +384,8 @@ def _table_ptr(address_ptr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     return ptr
 
 
-@triton.jit(do_not_specialize=["seed"])
+# Slices of one table: their alignment must not compile another kernel.
+@triton.jit(do_not_specialize=["seed"], do_not_specialize_on_alignment=["grads_ptr"])
 def adamw_table_kernel(
     tensors_ptr,
     grads_ptr,
@@ -388,21 +394,12 @@ def adamw_table_kernel(
     statistics_ptr,
     seed: tl.int64,
     scalars_ptr,
-    decay,
-    lerp_weight,
-    beta2,
-    one_minus_beta2,
-    neg_step_size,
-    inv_bias_correction2_sqrt,
-    eps,
-    step,
     PARAM_DTYPE: tl.constexpr,
     GRAD_DTYPE: tl.constexpr,
     EXP_AVG_DTYPE: tl.constexpr,
     EXP_AVG_SQ_DTYPE: tl.constexpr,
     MASTER_DTYPE: tl.constexpr,
     AMSGRAD: tl.constexpr,
-    ROWS: tl.constexpr,
     ALIGNED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     CAUTIOUS: tl.constexpr,
@@ -413,24 +410,27 @@ def adamw_table_kernel(
     """Step a table of tensors; one program for each chunk of BLOCK_SIZE elements.
 
     tensors_ptr  int64 [n_tensors, ...]  n_elements and addresses of param, exp_avg, exp_avg_sq; then what there is of:
-                                         addresses of max_exp_avg_sq, master, exp_avg_scale, exp_avg_sq_scale; stream;
-                                         row of scalars_ptr
-    grads_ptr    int64 [n_tensors]       addresses of the gradients: the only part that changes between steps
+                                         addresses of max_exp_avg_sq, master, exp_avg_scale, exp_avg_sq_scale; stream
+    grads_ptr    int64 [n_tensors]       addresses of the gradients, 0 where there is none and nothing is written: the
+                                         only part that changes between steps
     chunks_ptr   int32 [n_chunks, 2]     tensor, block within that tensor
+    scalars_ptr  float32 or float64 [n_tensors, 8]
 
-    There is a master if MASTER_DTYPE is not None, a scale for a moment of 8 bits, a stream unless ROUNDING is
-    "nearest", and a row if ROWS; else scalars_ptr is one row. ALIGNED promises that every address is a multiple of
-    16 bytes. Other arguments as for adamw_kernel.
+    There is a master if MASTER_DTYPE is not None, a scale for a moment of 8 bits, and a stream unless ROUNDING is
+    "nearest". ALIGNED promises that every address is a multiple of 16 bytes. Other arguments as for adamw_kernel.
     """
     MASTER: tl.constexpr = 4 + (1 if AMSGRAD else 0)
     EXP_AVG_SCALE: tl.constexpr = MASTER + (0 if MASTER_DTYPE is None else 1)
     EXP_AVG_SQ_SCALE: tl.constexpr = EXP_AVG_SCALE + (1 if EXP_AVG_DTYPE == tl.int8 else 0)
     STREAM: tl.constexpr = EXP_AVG_SQ_SCALE + (1 if EXP_AVG_SQ_DTYPE == tl.uint8 else 0)
-    ROW: tl.constexpr = STREAM + (0 if ROUNDING == "nearest" else 1)
-    COLUMNS: tl.constexpr = ROW + (1 if ROWS else 0)
+    COLUMNS: tl.constexpr = STREAM + (0 if ROUNDING == "nearest" else 1)
 
     chunk_ptr = chunks_ptr + 2 * tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunk_ptr)
+    if tl.load(grads_ptr + tensor) == 0:
+        if statistics_ptr is not None:
+            _store_no_statistics(statistics_ptr, control_ptr)
+        return
     row_ptr = tensors_ptr + tensor * COLUMNS
     if AMSGRAD:
         max_exp_avg_sq_ptr = _table_ptr(row_ptr + 4, EXP_AVG_SQ_DTYPE, ALIGNED)
@@ -451,8 +451,6 @@ def adamw_table_kernel(
     stream = 0
     if ROUNDING != "nearest":
         stream = tl.load(row_ptr + STREAM).to(tl.int32)
-    if ROWS:
-        scalars_ptr += tl.load(row_ptr + ROW) * 8
     _step_block(
         (
             _table_ptr(row_ptr + 1, PARAM_DTYPE, ALIGNED),
@@ -468,8 +466,7 @@ def adamw_table_kernel(
         tl.load(row_ptr),
         control_ptr,
         statistics_ptr,
-        scalars_ptr,
-        (decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps, step),
+        scalars_ptr + tensor * 8,
         (seed, stream, 0),
         MAXIMIZE,
         CAUTIOUS,

@@ -87,7 +87,7 @@ def grad_norm_kernel(
     first: tl.int32,
     partials_ptr,
     n_partials: tl.int32,
-    arrived_ptr,
+    finished_ptr,
     control_ptr,
     skipped_ptr,
     grad_scale_ptr,
@@ -102,12 +102,12 @@ def grad_norm_kernel(
 ):
     """Norm of the gradients of a table; one program for each span of SPAN_BLOCKS * BLOCK_SIZE elements.
 
-    grads_ptr     int64 [n_tensors]    addresses
+    grads_ptr     int64 [n_tensors]    addresses, 0 where there is no gradient
     numels_ptr    int64 [n_tensors]    elements of each
     spans_ptr     int32 [n_spans, 2]   tensor, span within that tensor
     first         index of this launch's first partial sum: gradients of several dtypes take several launches
     partials_ptr  float64 [n_partials + 1] sums of squares, of all launches
-    arrived_ptr   int32                programs that have finished; 0 before and after
+    finished_ptr   int32                programs that have finished; 0 before and after
 
     Other arguments are those of `write_control`, the last two only with CLIP and SKIP; without a control_ptr only the
     sum of all squares is made, at partials_ptr[n_partials]. ALIGNED promises that addresses are multiples of 16 bytes.
@@ -117,10 +117,11 @@ def grad_norm_kernel(
     span_ptr = spans_ptr + 2 * tl.program_id(0).to(tl.int64)
     tensor = tl.load(span_ptr)
     start = tl.load(span_ptr + 1).to(tl.int64) * (SPAN_BLOCKS * BLOCK_SIZE)
-    ptr = tl.load(grads_ptr + tensor).to(tl.pointer_type(GRAD_DTYPE))
+    address = tl.load(grads_ptr + tensor)
+    ptr = address.to(tl.pointer_type(GRAD_DTYPE))
     if ALIGNED:
         ptr = tl.multiple_of(ptr, 16)
-    remaining = tl.load(numels_ptr + tensor) - start
+    remaining = tl.where(address == 0, 0, tl.load(numels_ptr + tensor) - start)
     ptr += start
 
     total, largest = _sum_of_squares(ptr, remaining, None, DTYPE, BLOCK_SIZE)
@@ -132,8 +133,8 @@ def grad_norm_kernel(
     tl.store(partials_ptr + first + tl.program_id(0), total)
 
     tl.debug_barrier()  # whoever stored the sum, the arrival comes after
-    if tl.atomic_add(arrived_ptr, 1, sem="acq_rel") == n_partials - 1:
-        tl.store(arrived_ptr, 0)
+    if tl.atomic_add(finished_ptr, 1, sem="acq_rel") == n_partials - 1:
+        tl.store(finished_ptr, 0)
         offsets = tl.arange(0, 1024)
         sums = tl.zeros((1024,), tl.float64)
         begin = n_partials * 0

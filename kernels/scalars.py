@@ -1,6 +1,6 @@
 """From hyper-parameters and step counts in memory to the numbers that kernels/adamw.py takes, once per step.
 
-A row is what parameters with the same hyper-parameters and the same count share. In fp64, as on the host.
+Each parameter counts for itself, so that gradients may come and go and steps be skipped. In fp64, as on the host.
 """
 
 import triton
@@ -8,85 +8,119 @@ import triton.language as tl
 
 from .grad_norm import write_control
 
-COLUMNS: tl.constexpr = tl.constexpr(12)
+HYPER_COLUMNS: tl.constexpr = tl.constexpr(10)
 
 
 @triton.jit
-def _hyper(row_ptr, column: tl.constexpr, address_column: tl.constexpr):
-    """A number in the row, or where the row says that it is."""
-    value = tl.load(row_ptr + column).to(tl.float64, bitcast=True)
-    address = tl.load(row_ptr + address_column)
-    if address != 0:
-        if (address & 1) == 1:
-            value = tl.load((address - 1).to(tl.pointer_type(tl.float64)))
-        else:
-            value = tl.load(address.to(tl.pointer_type(tl.float32))).to(tl.float64)
-    return value
+def _hyper(row_ptrs, column: tl.constexpr, address_column: tl.constexpr, mask):
+    """A number in each row, or where the row says that it is."""
+    value = tl.load(row_ptrs + column, mask=mask, other=0).to(tl.float64, bitcast=True)
+    address = tl.load(row_ptrs + address_column, mask=mask, other=0)
+    is_double = (address & 1) == 1
+    elsewhere = address != 0
+    double = tl.load((address - 1).to(tl.pointer_type(tl.float64)), mask=elsewhere & is_double, other=0.0)
+    single = tl.load(address.to(tl.pointer_type(tl.float32)), mask=elsewhere & (is_double == 0), other=0.0)
+    return tl.where(elsewhere, tl.where(is_double, double, single.to(tl.float64)), value)
 
 
 @triton.jit
-def _power(base, exponent):
-    """base^exponent for 0 <= base < 1 and exponent >= 1."""
-    return tl.where(base > 0.0, tl.exp2(exponent * tl.log2(tl.where(base > 0.0, base, 1.0))), 0.0)
+def _one_minus_power(base, exponent):
+    """1 - base^exponent for 0 <= base < 1 and exponent >= 1, to a few ulp also where the power is close to 1.
+
+    With x = exponent * log(base) and u = exp(x), however rounded, it is (1 - u) x / log(u): 1 - u is exact where that
+    matters, and log(u) is what x was rounded to (Kahan; Higham, Accuracy and Stability of Numerical Algorithms,
+    section 1.14.1).
+    """
+    is_zero = base <= 0.0
+    x = exponent * tl.log(tl.where(is_zero, 0.5, base))
+    u = tl.exp(x)
+    inside = (u > 0.0) & (u < 1.0)
+    result = (1.0 - u) * x / tl.log(tl.where(inside, u, 0.5))
+    result = tl.where(inside, result, tl.where(u > 0.0, 0.0 - x, 1.0))
+    return tl.where(is_zero, 1.0, result)
 
 
 @triton.jit
+def _store_row(scalars_ptr, params, mask, s0, s1, s2, s3, s4, s5, s6, s7):
+    ptrs = scalars_ptr + params * 8
+    DTYPE: tl.constexpr = scalars_ptr.dtype.element_ty
+    tl.store(ptrs + 0, s0.to(DTYPE), mask=mask)
+    tl.store(ptrs + 1, s1.to(DTYPE), mask=mask)
+    tl.store(ptrs + 2, s2.to(DTYPE), mask=mask)
+    tl.store(ptrs + 3, s3.to(DTYPE), mask=mask)
+    tl.store(ptrs + 4, s4.to(DTYPE), mask=mask)
+    tl.store(ptrs + 5, s5.to(DTYPE), mask=mask)
+    tl.store(ptrs + 6, s6.to(DTYPE), mask=mask)
+    tl.store(ptrs + 7, s7.to(DTYPE), mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_params"])
 def scalars_kernel(
-    rows_ptr,
-    steps_ptr,
+    params_ptr,
+    grads_ptr,
+    n_params: tl.int32,
+    hypers_ptr,
     scalars_ptr,
+    scalars64_ptr,
     control_ptr,
     skipped_ptr,
     grad_scale_ptr,
     found_inf_ptr,
-    KNOWN: tl.constexpr,
+    DECIDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Count the update and write its scalars; one program for each row.
+    """Count the update of each parameter that has a gradient, and write its scalars; one lane for each parameter.
 
-    rows_ptr     int64 [n_rows, 12]   as bits of float64: lr, beta1, beta2, eps, weight_decay, decay_lr; addresses of
-                                      lr, beta1, beta2 and weight_decay, 0 for the number itself, plus 1 where a
-                                      float64 lies there and no float32; first and last + 1 of the row's counts
-    steps_ptr    float32 [n_params]   updates so far; counted up unless the step is skipped
-    scalars_ptr  float64 [n_rows, 8]  written: see kernels/adamw.py
-    control_ptr  float64 [2 or more]  factor and flag: read where they are KNOWN, else written; or None
-    other pointers                    of `write_control`
+    params_ptr    int64 [n_params, 2]    address of the parameter's count of updates, a float32; row of hypers_ptr
+    grads_ptr     int64 [n_params]       address of its gradient, 0 if there is none
+    hypers_ptr    int64 [n_groups, 10]   as bits of float64: lr, beta1, beta2, eps, weight_decay, decay_lr; addresses of
+                                         lr, beta1, beta2 and weight_decay, 0 for the number itself, plus 1 where a
+                                         float64 lies there and no float32
+    scalars_ptr   float32 [n_params, 8]  written: see kernels/adamw.py
+    scalars64_ptr float64 [n_params, 8]  written too, unless it is None
+    control_ptr   float64 [2 or more]    factor and flag: read where it is DECIDED, else written; or None
+    other pointers                       of `write_control`
+
+    A step that is skipped counts nothing.
     """
-    row = tl.program_id(0)
-    row_ptr = rows_ptr + row * COLUMNS
-    first = tl.load(row_ptr + 10)
-    end = tl.load(row_ptr + 11)
-    lr = _hyper(row_ptr, 0, 6)
-    beta1 = _hyper(row_ptr, 1, 7)
-    beta2 = _hyper(row_ptr, 2, 8)
-    eps = tl.load(row_ptr + 3).to(tl.float64, bitcast=True)
-    weight_decay = _hyper(row_ptr, 4, 9)
-    decay_lr = tl.load(row_ptr + 5).to(tl.float64, bitcast=True)
-    step = tl.load(steps_ptr + first) + 1.0
+    params = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    exists = params < n_params
+    mask = exists & (tl.load(grads_ptr + params, mask=exists, other=0) != 0)
+    step_ptrs = tl.load(params_ptr + 2 * params, mask=mask, other=0).to(tl.pointer_type(tl.float32))
+    group = tl.load(params_ptr + 2 * params + 1, mask=mask, other=0)
+    row_ptrs = hypers_ptr + group * HYPER_COLUMNS
+    lr = _hyper(row_ptrs, 0, 6, mask)
+    beta1 = _hyper(row_ptrs, 1, 7, mask)
+    beta2 = _hyper(row_ptrs, 2, 8, mask)
+    eps = tl.load(row_ptrs + 3, mask=mask, other=0).to(tl.float64, bitcast=True)
+    weight_decay = _hyper(row_ptrs, 4, 9, mask)
+    decay_lr = tl.load(row_ptrs + 5, mask=mask, other=0x3FF0000000000000).to(tl.float64, bitcast=True)
+    step = tl.load(step_ptrs, mask=mask, other=0.0) + 1.0
     t = step.to(tl.float64)
 
     skip = False
     if control_ptr is not None:
-        if KNOWN:
+        if DECIDED:
             skip = tl.load(control_ptr + 1) != 0.0
         else:
             if found_inf_ptr is not None:
                 skip = tl.load(found_inf_ptr) != 0.0
-            if row == 0:
+            if tl.program_id(0) == 0:
                 write_control(control_ptr, skipped_ptr, None, grad_scale_ptr, found_inf_ptr, None, None)
 
-    out_ptr = scalars_ptr + row * 8
-    tl.store(out_ptr + 0, 1.0 - lr * weight_decay / decay_lr)
-    tl.store(out_ptr + 1, tl.where(beta1 > 0.5, 1.0 - beta1, 0.0 - beta1))
-    tl.store(out_ptr + 2, beta2)
-    tl.store(out_ptr + 3, 1.0 - beta2)
-    tl.store(out_ptr + 4, (0.0 - lr) / (1.0 - _power(beta1, t)))
-    tl.store(out_ptr + 5, 1.0 / tl.sqrt(1.0 - _power(beta2, t)))
-    tl.store(out_ptr + 6, eps)
-    tl.store(out_ptr + 7, t)
+    decay = 1.0 - lr * weight_decay / decay_lr
+    lerp_weight = tl.where(beta1 > 0.5, 1.0 - beta1, 0.0 - beta1)
+    one_minus_beta2 = 1.0 - beta2
+    neg_step_size = (0.0 - lr) / _one_minus_power(beta1, t)
+    inv_bias_correction2_sqrt = 1.0 / tl.sqrt(_one_minus_power(beta2, t))
+    _store_row(
+        scalars_ptr, params, mask,
+        decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps, t,
+    )  # fmt: skip
+    if scalars64_ptr is not None:
+        _store_row(
+            scalars64_ptr, params, mask,
+            decay, lerp_weight, beta2, one_minus_beta2, neg_step_size, inv_bias_correction2_sqrt, eps, t,
+        )  # fmt: skip
     if not skip:
-        tl.debug_barrier()  # all warps have read the row's count, which the first one now changes
-        while first < end:  # not range, whose bounds Triton 3.4's interpreter cannot read from memory
-            index = first + tl.arange(0, BLOCK_SIZE)
-            tl.store(steps_ptr + index, tl.zeros((BLOCK_SIZE,), tl.float32) + step, mask=index < end)
-            first += BLOCK_SIZE
+        tl.store(step_ptrs, step, mask=mask)

@@ -7,15 +7,20 @@ import pytest
 import torch
 
 from adamw_triton import launch
-from adamw_triton.scalars import Hyper, host_scalars
-from adamw_triton.storage import TensorState
-from bench.machine_code import Failure
+from adamw_triton.hyperparams import Hyperparams, kernel_scalars
+from adamw_triton.storage import StateTensors
+from bench.codegen.machine_code import Failure
 
 # Unit roundoff: the largest relative error of rounding to nearest.
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # Half the distance of the smallest denormals: the largest absolute error below the normal range.
 QUANTUM = {torch.float64: 2.0**-1075, torch.float32: 2.0**-150, torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25}
 DTYPES = list(UNIT)
+
+
+def scalars_row(hyperparams, step, device, dtype=torch.float32):
+    """What kernels/scalars.py writes for one parameter."""
+    return torch.tensor(kernel_scalars(hyperparams, step), dtype=dtype, device=device)
 
 
 @functools.cache
@@ -27,9 +32,9 @@ def truncates_bf16():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     grad = torch.linspace(1, 2, 1000, device=device)
     exp_avg = torch.zeros(1000, dtype=torch.bfloat16, device=device)
-    scalars = host_scalars(Hyper(lr=0.0, beta1=0.0, beta2=0.9, eps=1e-8, weight_decay=0.0), 1)
+    scalars = scalars_row(Hyperparams(lr=0.0, beta1=0.0, beta2=0.9, eps=1e-8, weight_decay=0.0), 1, device)
     # Not through adamw_, which a test may have sent to the reference.
-    state = TensorState(exp_avg, torch.zeros_like(grad))
+    state = StateTensors(exp_avg, torch.zeros_like(grad))
     launch.launch_tensor(torch.zeros_like(grad), grad, state, scalars, maximize=False)
     if torch.equal(exp_avg, grad.bfloat16()):
         return False

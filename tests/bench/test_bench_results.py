@@ -236,8 +236,6 @@ def test_suite_in_under_three_minutes(tmp_path):
         if command in suite.NEEDS_GPU:
             assert [record["error"] for record in failed] == ["not measured: no GPU"] and len(found) == 1
         elif command == "static":  # Triton 3.4's wheel cannot link for AMD
-            ours = [record for record in failed if record["provider"] == "adamw_triton"]
-            assert {record["target"] for record in ours} <= {"gfx942"} and len(failed) < len(found)
-            assert {record["provider"] for record in failed} <= {"adamw_triton", "flashoptim"}
+            assert {record["target"] for record in failed} <= {"gfx942"} and len(failed) < len(found)
         else:
             assert found and not failed

@@ -16,7 +16,7 @@ from bench import train
 from bench.data import batches, corpus
 from bench.gpt import GPT, Sizes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch", "4", "--lr", "0.01"]
 
 

@@ -1,9 +1,18 @@
-"""The kernel's square root and division on a GPU, by the emulation of bench/arithmetic.py."""
+"""The kernel's square root and division on a GPU, by the emulation of bench/codegen/arithmetic.py."""
 
 import numpy as np
 import pytest
 
-from bench.arithmetic import SEED_ERROR, f32, fma, newton_divide, newton_sqrt, seed_errors, ulps, update_errors
+from bench.codegen.arithmetic import (
+    SEED_ERROR,
+    f32,
+    fma,
+    newton_divide,
+    newton_sqrt,
+    seed_errors,
+    ulps,
+    update_errors,
+)
 
 
 @pytest.fixture

@@ -9,10 +9,11 @@ import torch
 from rich.console import Console
 
 from adamw_triton.storage import GROUP_SIZE
-from bench import devices, flashoptim_code, records, static
-from bench.devices import DEVICES, Device
-from bench.listing import parse_sass
-from bench.machine_code import KERNELS, TARGETS, Failure, MachineCode, Variant, examine_all
+from bench import records
+from bench.codegen import devices, static
+from bench.codegen.devices import DEVICES, Device
+from bench.codegen.machine_code import Failure, MachineCode, examine_all
+from bench.codegen.variants import KERNELS, TARGETS, Variant
 from bench.policies import BY_NAME, POLICIES
 
 pytest.importorskip("triton")
@@ -182,9 +183,7 @@ def run(monkeypatch, examine, **options):
 
 def test_everything_by_default_and_each_choice_once(monkeypatch):
     every = run(monkeypatch, lambda variants: [CODE] * len(variants))
-    ours = [record for record in every if record["provider"] == "adamw_triton"]
-    assert len(ours) == len({record["case"] for record in ours}) == len(TARGETS) * len(CASES)
-    assert [record["target"] for record in every if record["provider"] == "flashoptim"] == list(TARGETS)
+    assert len(every) == len({record["case"] for record in every}) == len(TARGETS) * len(CASES)
     some = run(monkeypatch, lambda variants: [CODE] * len(variants), target=["gfx942", "gfx942"], policy=["fp16"])
     assert [record["case"] for record in some] == ["fp16 tensor gfx942", "fp16 table gfx942"]
     assert all("mi300x_ms" in record for record in some)
@@ -261,26 +260,3 @@ def test_help_says_how_instructions_are_counted(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "path of a full block" in text and "arithmetic, not measurements" in text
     assert "SUPPRESS" not in text
-
-
-def test_body_of_the_longest_loop():
-    """flashoptim's kernel is counted by it: prologue, a short loop, a long one around a branch, and an exit."""
-    text = """
-.L_x_0:
-        /*0000*/ MOV R1, c[0x0][0x28] ;
-.L_x_1:
-        /*0010*/ IADD3 R1, R1, 0x1, RZ ;
-        /*0020*/ @P0 BRA `(.L_x_1) ;
-.L_x_2:
-        /*0030*/ LDG.E R2, [R4.64] ;
-        /*0040*/ @P1 BRA `(.L_x_3) ;
-        /*0050*/ MUFU.RSQ R2, R2 ;
-.L_x_3:
-        /*0060*/ STG.E [R4.64], R2 ;
-        /*0070*/ @P2 BRA `(.L_x_2) ;
-        /*0080*/ EXIT ;
-"""
-    body = flashoptim_code.loop_body(parse_sass(text))
-    assert [i.op for i in body] == ["LDG.E", "BRA", "MUFU.RSQ", "STG.E", "BRA"]
-    with pytest.raises(ValueError, match="no loop"):
-        flashoptim_code.loop_body(parse_sass("        /*0000*/ EXIT ;\n"))

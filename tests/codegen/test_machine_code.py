@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from helpers import compiled_or_skipped
 
-from bench.listing import parse_amdgcn, parse_sass, paths, shortest_path
-from bench.machine_code import KERNELS, TARGETS, Variant, analyse, examine_all
+from bench.codegen.listing import parse_amdgcn, parse_sass, paths, shortest_path
+from bench.codegen.machine_code import analyse, examine_all
+from bench.codegen.variants import KERNELS, TARGETS, Variant
 
 TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
 
@@ -162,7 +163,7 @@ import torch
 from adamw_triton import adamw_, launch
 from adamw_triton.scalars import Scalars
 from adamw_triton.storage import Storage, TensorState
-from bench.machine_code import compiling
+from bench.codegen.machine_code import compiling
 
 VALUES = (0.0, 1.0, -1.0, 16.0, 0.1, 1e-45, float("inf"))
 HYPER = ((1e-3, (0.9, 0.999), 1e-8, 0.01), (1, (0, 0), 1, 1), (0, (0.5, 0.0), 0, 16))
@@ -209,7 +210,7 @@ def launches():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     process = subprocess.run(
         [sys.executable, "-c", LAUNCHES],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env=environment,
         capture_output=True,
         text=True,

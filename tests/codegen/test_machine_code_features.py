@@ -6,10 +6,11 @@ import pytest
 import triton
 from helpers import compiled_or_skipped
 
-from bench.devices import DEVICES
-from bench.machine_code import NORM, TARGETS, MachineCode, Variant, examine_all
+from bench.codegen.devices import DEVICES
+from bench.codegen.machine_code import MachineCode, examine_all
+from bench.codegen.static import FEATURE_TARGETS, FEATURED, FEATURES, NORM_DTYPES
+from bench.codegen.variants import NORM, TARGETS, Variant
 from bench.policies import BY_NAME, DTYPES
-from bench.static import FEATURE_TARGETS, FEATURED, FEATURES, NORM_DTYPES
 
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 PLAIN = [Variant.of(target, "table", BY_NAME[name]) for target in FEATURE_TARGETS for name in FEATURED]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import compiled_or_skipped
 
-from bench.machine_code import KERNELS, TARGETS, Variant, examine_all
+from bench.codegen.machine_code import examine_all
+from bench.codegen.variants import KERNELS, TARGETS, Variant
 from bench.policies import BY_NAME, POLICIES
 
 TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
@@ -101,7 +102,7 @@ import torch
 from adamw_triton import launch
 from adamw_triton.scalars import Scalars
 from adamw_triton.storage import Rounding, Storage, TensorState
-from bench.machine_code import compiling
+from bench.codegen.machine_code import compiling
 
 def state(n):
     codes = [torch.zeros(n, dtype=dtype) for dtype in (torch.int8, torch.uint8, torch.int8)]
@@ -125,7 +126,7 @@ print(tensors, len({id(one.kernel) for one in compiled}))
 
 def test_no_seed_stream_offset_or_size_recompiles():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     ran = subprocess.run(
         [sys.executable, "-c", LAUNCHES], cwd=root, env=environment, capture_output=True, text=True, check=False
     )

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from . import common, records
-from .records import Record
+from .. import common, records
+from ..records import Record
 
 Array = np.ndarray
 DESCRIPTION = """\

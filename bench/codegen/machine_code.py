@@ -17,7 +17,7 @@ table, the scalars, factor and flag. On AMD the latter are scalar loads, which a
 
 Calls, barriers, shared memory and spills are counted in the whole kernel, its tail included.
 
-`python -m bench.machine_code` reads variants and writes results, as one line of JSON each.
+`python -m bench.codegen.machine_code` reads variants and writes results, as one line of JSON each.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from adamw_triton.control import Control, Scaling
 from adamw_triton.scalars import Scalars
 from adamw_triton.storage import Rounding, Storage, TensorState
 
+from ..policies import DTYPES
 from .listing import (
     Instruction,
     Listing,
@@ -54,75 +55,9 @@ from .listing import (
     shortest_path,
     split_accesses,
 )
-from .policies import DTYPES, Policy, dtype_name
+from .variants import NORM, TARGETS, Variant
 
-# backend, architecture, threads of a warp
-TARGETS: dict[str, tuple[str, int | str, int]] = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
-KERNELS = ("tensor", "table")
-NORM = "norm"  # kernel of the gradient norm, of which only the gradient's dtype and `control` matter
 _NORM_TABLES = 4 + 4 + 8 + 8  # bytes of span, number, address and length
-
-
-FLAGS = ("amsgrad", "maximize", "control", "statistics", "cautious", "scalars_row", "rows", "stochastic")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One compilation of one kernel."""
-
-    target: str
-    kernel: str
-    dtypes: tuple[str, str, str, str]  # param, grad, exp_avg, exp_avg_sq
-    amsgrad: bool = False
-    maximize: bool = False
-    control: bool = False  # factor and flag in memory: clipping, unscaling, skipping
-    statistics: bool = False  # sums of squares of update and parameter
-    cautious: bool = False
-    scalars_row: bool = False  # scalars in memory
-    rows: bool = False  # a row of them for each tensor of a table
-    aligned: bool = True  # all tensors to 16 bytes
-    master: str | None = None  # int16 or int8 remainder, or fp32 master
-    stochastic: bool = False
-
-    def __str__(self) -> str:
-        flags = [flag for flag in FLAGS if getattr(self, flag)]
-        if self.master is not None:
-            flags.append(f"master_{self.master}")
-        return "-".join([self.target, self.kernel, *self.dtypes, *flags, *([] if self.aligned else ["unaligned"])])
-
-    @classmethod
-    def of(cls, target: str, kernel: str, policy: Policy) -> Variant:
-        master = None if policy.master is None else dtype_name(policy.master)
-        stochastic = policy.stochastic_rounding
-        names = policy.dtype_names
-        return cls(target, kernel, names, amsgrad=policy.amsgrad, master=master, stochastic=stochastic)
-
-    @property
-    def _widths(self) -> list[int]:
-        """Bytes per element of param, grad, exp_avg, exp_avg_sq (, max_exp_avg_sq) (, master)."""
-        widths = [DTYPES[name].itemsize for name in self.dtypes]
-        widths += widths[3:] if self.amsgrad else []
-        return widths if self.master is None else [*widths, DTYPES[self.master].itemsize]
-
-    @property
-    def read_widths(self) -> list[int]:
-        """Bytes per element of each tensor that a step reads: an fp32 master in place of the parameter."""
-        return self._widths[1:] if self.master == "fp32" else self._widths
-
-    @property
-    def written_widths(self) -> list[int]:
-        """Bytes per element of each tensor that a step writes: all but the gradient."""
-        return self._widths[:1] + self._widths[2:]
-
-    @property
-    def scales(self) -> int:
-        """Moments of which 128 elements share a scale: 4 bytes that every thread loads and one in 16 stores."""
-        return sum(name in ("int8", "uint8") for name in self.dtypes)
 
 
 @dataclass(frozen=True)
@@ -396,9 +331,9 @@ def examine_all(variants: Sequence[Variant]) -> list[MachineCode | Failure]:
 
 def _examine_share(variants: Sequence[Variant]) -> list[MachineCode | Failure]:
     process = subprocess.run(
-        [sys.executable, "-m", "bench.machine_code"],
+        [sys.executable, "-m", "bench.codegen.machine_code"],
         input="".join(json.dumps(asdict(variant)) + "\n" for variant in variants),
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,

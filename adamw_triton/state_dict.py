@@ -9,26 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import check_entries, check_storage
-from .storage import SCALES, Policy, decode
+from .storage import SCALES, StorageOptions, decode
+from .validation import check_entries, check_memory, check_storage, is_trainable
 
 # How a step is carried out and stored belongs to the optimizer that does it; what it computes, to the checkpoint.
-_OF_THE_INSTANCE = ("foreach", "fused", "capturable", "differentiable", *Policy._fields)
+_NOT_LOADED_KEYS = ("foreach", "fused", "capturable", "differentiable", *StorageOptions._fields)
 
 
 _OURS = ("cautious", "decouple_lr", "decay_lr")
-_NOT_TORCHS = (*Policy._fields, *_OURS)
+_EXTRA_GROUP_KEYS = (*StorageOptions._fields, *_OURS)
 _LIKE_PARAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder", "master_param")
 
 
-class _Kept:
+class _UncastTensor:
     """Hides a tensor from Optimizer.load_state_dict, which would cast it to the parameter's dtype."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
-def prepare(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def pack(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """A state dict to hand to Optimizer.load_state_dict, after which `restore` must follow.
 
     Args:
@@ -46,11 +46,11 @@ def prepare(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) 
             f"the optimizer of {[len(g['params']) for g in groups]}; build it from the same groups in the same order"
         )
     for group, saved in zip(groups, saved_groups, strict=True):
-        saved.update({name: group[name] for name in _OF_THE_INSTANCE})
+        saved.update({name: group[name] for name in _NOT_LOADED_KEYS})
         for name in _OURS:  # which other implementations do not save
             if name in group:
                 saved.setdefault(name, group[name])
-        check_storage({"amsgrad": False, **saved}, group["params"])
+        check_storage({"amsgrad": False, **saved}, [param for param in group["params"] if is_trainable(param)])
 
     params = dict(
         zip(
@@ -63,7 +63,7 @@ def prepare(groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]) 
     for key, values in state_dict["state"].items():
         if key in params and values:
             _check(params[key], key, values)
-            values = {name: _Kept(v) if isinstance(v, Tensor) else v for name, v in values.items()}
+            values = {name: _UncastTensor(v) if isinstance(v, Tensor) else v for name, v in values.items()}
         state[key] = values
     return {**state_dict, "state": state, "param_groups": saved_groups}
 
@@ -89,16 +89,19 @@ def _check(param: Tensor, key: Any, values: Mapping[str, Any]) -> None:
                 f"loaded state {name!r} of parameter {key} has shape {tuple(values[name].shape)}, the parameter "
                 f"{tuple(param.shape)}; build the optimizer from the same parameters in the same order"
             )
-    elsewhere = torch.empty_like(param, device="meta")
-    entries = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in values.items()}
     try:
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                check_memory(value, f"state {name!r}")
+        elsewhere = torch.empty_like(param, device="meta")
+        entries = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in values.items()}
         check_entries(elsewhere, entries)
     except RuntimeError as error:
         raise ValueError(f"loaded state of parameter {key} cannot be used: {error}") from None
 
 
 def restore(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
-    """Put the tensors kept by `prepare` where their parameters are, in the storage of their groups.
+    """Put the tensors kept by `pack` where their parameters are, in the storage of their groups.
 
     Where a group has no wish, moments stay in the floating-point dtypes that they were saved in.
     """
@@ -108,7 +111,7 @@ def restore(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> No
             continue
         loaded = False
         for name, value in values.items():
-            if isinstance(value, _Kept):
+            if isinstance(value, _UncastTensor):
                 loaded = True
                 # The next step moves its count to the side that counts.
                 values[name] = value.tensor if name == "step" else value.tensor.to(param.device)
@@ -117,7 +120,7 @@ def restore(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> No
         if loaded and param in group_of:
             group = group_of[param]
             with torch.no_grad():
-                Policy.of(group).complete(param, values, amsgrad=group["amsgrad"])
+                StorageOptions.from_group(group).complete(param, values, amsgrad=group["amsgrad"])
 
 
 def torch_state_dict(groups: Sequence[Mapping[str, Any]], packed: Mapping[str, Any]) -> dict[str, Any]:
@@ -140,6 +143,7 @@ def torch_state_dict(groups: Sequence[Mapping[str, Any]], packed: Mapping[str, A
             entries.pop("master_param", None)
         state[key] = entries
     param_groups = [
-        {name: value for name, value in group.items() if name not in _NOT_TORCHS} for group in packed["param_groups"]
+        {name: value for name, value in group.items() if name not in _EXTRA_GROUP_KEYS}
+        for group in packed["param_groups"]
     ]
     return {**packed, "state": state, "param_groups": param_groups}

@@ -7,47 +7,85 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
 
-from .layout import overlaps_itself
-from .storage import EIGHT_BITS, GROUP_SIZE, SCALES
+from .storage import CODES, GROUP_SIZE, SCALES
+from .strides import overlaps_itself
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
+_MASTER_ENTRIES = ("param_remainder", "master_param")
+_LIKE_PARAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", *_MASTER_ENTRIES)
+_MOMENT_DTYPES = {
+    "exp_avg_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.int8),
+    "exp_avg_sq_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.uint8),
+}
+_STORAGE = ("exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_bits", "stochastic_rounding")
 
 
-def _is_supported(dtype: torch.dtype) -> bool:
-    return (dtype.to_real() if dtype.is_complex else dtype) in DTYPES
+def is_simulated(tensor: Tensor) -> bool:
+    """Whether a tensor stands for one without having values: meta and fake tensors."""
+    return tensor.device.type == "meta" or isinstance(tensor, FakeTensor)
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"
+def check_memory(tensor: Tensor, what: str) -> None:
+    """Refuse a tensor whose elements lie in other tensors, which the kernels cannot find.
+
+    Args:
+        tensor: any tensor.
+        what: what it is, for the message.
+
+    Raises:
+        RuntimeError: a wrapper subclass, like DTensor.
+    """
+    if type(tensor) in (Tensor, torch.nn.Parameter) or is_simulated(tensor):
+        return
+    try:
+        has_memory = tensor.numel() == 0 or tensor.data_ptr() != 0
+    except RuntimeError:  # some wrappers refuse the question
+        has_memory = False
+    if not has_memory or hasattr(tensor, "__tensor_flatten__"):
+        raise RuntimeError(
+            f"{what} is a {type(tensor).__name__}, a tensor without memory of its own, which AdamW does not "
+            f"support; use plain tensors, or torch.optim.AdamW"
+        )
 
 
-def check_hyper(options: Mapping) -> None:
-    """Refuse hyper-parameters that torch.optim.AdamW refuses.
+def check_hyperparams(options: Mapping) -> None:
+    """Refuse hyper-parameters that torch.optim.AdamW refuses; the values of tensors on a GPU are not read.
 
     Raises:
         ValueError: lr, eps or weight_decay negative, a beta outside [0, 1), or a tensor of several elements.
     """
     lr, (beta1, beta2) = options["lr"], options["betas"]
-    tensors = {"lr": lr, "betas[0]": beta1, "betas[1]": beta2, "weight_decay": options["weight_decay"]}
-    for name, value in tensors.items():
+    weight_decay = options["weight_decay"]
+    for name, value in {"lr": lr, "betas[0]": beta1, "betas[1]": beta2, "weight_decay": weight_decay}.items():
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
     # `not >=` rather than `<`, so that NaN is refused too.
     for name, value in (
         ("learning rate", lr),
         ("epsilon value", options["eps"]),
-        ("weight_decay value", options["weight_decay"]),
+        ("weight_decay value", weight_decay),
     ):
-        if not value >= 0.0:
+        if _is_on_host(value) and not value >= 0.0:
             raise ValueError(f"Invalid {name}: {value}; it must be at least 0")
     for index, beta in enumerate((beta1, beta2)):
-        if not 0.0 <= beta < 1.0:
+        if _is_on_host(beta) and not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {index}: {beta}; it must be in [0, 1)")
 
 
+def _is_on_host(value: float | Tensor) -> bool:
+    return not isinstance(value, Tensor) or (value.device.type == "cpu" and not is_simulated(value))
+
+
 def check_implementation(options: Mapping) -> None:
-    """Refuse what this package does not do, rather than ignore it."""
+    """Refuse what this package does not do, rather than ignore it.
+
+    Raises:
+        ValueError: differentiable=True.
+    """
     if options["differentiable"]:
         raise ValueError(
             "differentiable=True is not supported: the step writes in place, outside of autograd. "
@@ -59,9 +97,11 @@ def check_param(param: Tensor) -> None:
     """Refuse a parameter that no update can be written to.
 
     Raises:
+        RuntimeError: no memory of its own.
         TypeError: neither floating point nor complex, or of a dtype without kernels.
         ValueError: elements that share memory.
     """
+    check_memory(param, "a parameter")
     if not _is_supported(param.dtype):
         raise TypeError(
             f"cannot optimize a parameter of dtype {param.dtype} (shape {tuple(param.shape)}); "
@@ -83,19 +123,21 @@ def check_grad(param: Tensor, grad: Tensor) -> None:
     """Refuse a gradient that does not belong to the parameter.
 
     Raises:
-        RuntimeError: sparse, or of another shape, device or kind of number than the parameter.
+        RuntimeError: sparse, without memory of its own, or of another shape, device or kind of number than the
+            parameter.
     """
     if grad.layout != torch.strided:
         raise RuntimeError(
             "AdamW does not support sparse gradients, please consider torch.optim.SparseAdam instead "
             f"(got a gradient of layout {grad.layout} for a parameter of shape {tuple(param.shape)})"
         )
+    check_memory(grad, "a gradient")
     if grad.shape != param.shape or grad.device != param.device or grad.is_complex() != param.is_complex():
         raise RuntimeError(
             f"gradient ({_describe(grad)}) does not match its parameter ({_describe(param)}); "
             f"assign p.grad a tensor of the parameter's shape on its device"
         )
-    if (grad.dtype.to_real() if grad.is_complex() else grad.dtype) not in DTYPES:
+    if not _is_supported(grad.dtype):
         raise RuntimeError(
             f"gradient of dtype {grad.dtype} is not supported; use float32, bfloat16, float16 or float64"
         )
@@ -108,38 +150,72 @@ def check_entries(param: Tensor, entries: Mapping[str, Any]) -> None:
         RuntimeError: an entry that is not a tensor, or of another shape, device or kind of number than the
             parameter, an 8-bit moment without its scale, or a remainder of a parameter that has none.
     """
-    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_remainder", "master_param"):
+    for name in _LIKE_PARAM:
         if name in entries:
             _check_entry(param, name, entries[name])
-    coded = [name for name in _OF_SMALL if name in entries]
-    coded += [name for name in SCALES if name in entries and entries[name].dtype == EIGHT_BITS[name]]
-    if coded and param.dtype not in _SMALL:
+    coded = [name for name in _MASTER_ENTRIES if name in entries]
+    coded += [name for name in SCALES if name in entries and entries[name].dtype == CODES[name]]
+    if coded and param.dtype not in _UP_TO_FP32:
         raise RuntimeError(
             f"state {coded[0]!r} ({_describe(entries[coded[0]])}) is for float32, bfloat16 and float16 parameters; "
             f"got one of dtype {param.dtype}"
         )
     for name, scale in SCALES.items():
-        is_coded = name in entries and entries[name].dtype == EIGHT_BITS[name]
+        is_coded = name in entries and entries[name].dtype == CODES[name]
         if is_coded != (scale in entries):
             raise RuntimeError(
                 f"state {name!r} of dtype {entries[name].dtype if name in entries else None} does not go with "
-                f"{'a' if scale in entries else 'no'} state {scale!r}: {EIGHT_BITS[name]} has it, and nothing else"
+                f"{'a' if scale in entries else 'no'} state {scale!r}: {CODES[name]} has it, and nothing else"
             )
         if is_coded:
-            expected = -(-param.numel() // GROUP_SIZE)
-            value = entries[scale]
-            if (
-                not isinstance(value, Tensor)
-                or value.shape != (expected,)
-                or value.dtype != torch.float32
-                or value.device != param.device
-                or not value.is_contiguous()
-            ):
-                given = _describe(value) if isinstance(value, Tensor) else type(value).__name__
-                raise RuntimeError(
-                    f"state {scale!r} ({given}) must be float32 of shape ({expected},), contiguous, on {param.device}: "
-                    f"one for each {GROUP_SIZE} of {param.numel()} elements"
-                )
+            _check_scale(param, scale, entries[scale])
+    step = entries.get("step", 0.0)
+    if isinstance(step, Tensor):
+        check_memory(step, "state 'step'")
+        if step.numel() != 1:
+            raise RuntimeError(f"state 'step' must have one element, got shape {tuple(step.shape)}")
+
+
+def _check_entry(param: Tensor, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise RuntimeError(f"state {name!r} must be a tensor, got {type(value).__name__}")
+    check_memory(value, f"state {name!r}")
+    is_moment = name not in _MASTER_ENTRIES
+    if (
+        value.shape != param.shape
+        or value.device != param.device
+        or (is_moment and value.is_complex() != param.is_complex())
+    ):
+        raise RuntimeError(
+            f"state {name!r} ({_describe(value)}) does not match its parameter ({_describe(param)}); "
+            f"move the model before the optimizer's first step, or load_state_dict() after moving it"
+        )
+    if is_moment and not (_is_supported(value.dtype) or value.dtype == CODES.get(name)):
+        raise RuntimeError(f"state {name!r} of dtype {value.dtype} is not supported; use a floating-point dtype")
+    if name == "param_remainder" and (value.dtype not in (torch.int16, torch.int8) or param.dtype != torch.bfloat16):
+        raise RuntimeError(
+            f"state {name!r} must be int16 or int8, of a bfloat16 parameter; got {value.dtype} of a {param.dtype} one"
+        )
+    if name == "master_param" and value.dtype != torch.float32:
+        raise RuntimeError(f"state {name!r} must be float32, got {value.dtype}")
+
+
+def _check_scale(param: Tensor, name: str, value: object) -> None:
+    expected = -(-param.numel() // GROUP_SIZE)
+    if isinstance(value, Tensor):
+        check_memory(value, f"state {name!r}")
+    if (
+        not isinstance(value, Tensor)
+        or value.shape != (expected,)
+        or value.dtype != torch.float32
+        or value.device != param.device
+        or not value.is_contiguous()
+    ):
+        given = _describe(value) if isinstance(value, Tensor) else type(value).__name__
+        raise RuntimeError(
+            f"state {name!r} ({given}) must be float32 of shape ({expected},), contiguous, on {param.device}: "
+            f"one for each {GROUP_SIZE} of {param.numel()} elements"
+        )
 
 
 def check_rounding(param: Tensor, entries: Mapping[str, Any], *, stochastic: bool, numbers: Mapping[str, int]) -> None:
@@ -165,47 +241,15 @@ def check_rounding(param: Tensor, entries: Mapping[str, Any], *, stochastic: boo
     stored = [entries["exp_avg"].dtype, entries["exp_avg_sq"].dtype]
     stored += [param.dtype] if remainder is None and "master_param" not in entries else []
     rounds = torch.bfloat16 in stored or (remainder is not None and remainder.dtype == torch.int8)
-    if param.dtype not in _SMALL or not rounds:
+    if param.dtype not in _UP_TO_FP32 or not rounds:
         raise ValueError(
             f"stochastic_rounding=True rounds what is stored in bfloat16, and 24-bit master weights, of float32, "
             f"bfloat16 and float16 parameters; got a parameter of {param.dtype}, moments of {stored[0]} and {stored[1]}"
         )
 
 
-def _check_entry(param: Tensor, name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise RuntimeError(f"state {name!r} must be a tensor, got {type(value).__name__}")
-    is_moment = name not in ("param_remainder", "master_param")
-    if (
-        value.shape != param.shape
-        or value.device != param.device
-        or (is_moment and value.is_complex() != param.is_complex())
-    ):
-        raise RuntimeError(
-            f"state {name!r} ({_describe(value)}) does not match its parameter ({_describe(param)}); "
-            f"move the model before the optimizer's first step, or load_state_dict() after moving it"
-        )
-    if is_moment and not (_is_supported(value.dtype) or value.dtype == EIGHT_BITS.get(name)):
-        raise RuntimeError(f"state {name!r} of dtype {value.dtype} is not supported; use a floating-point dtype")
-    if name == "param_remainder" and (value.dtype not in (torch.int16, torch.int8) or param.dtype != torch.bfloat16):
-        raise RuntimeError(
-            f"state {name!r} must be int16 or int8, of a bfloat16 parameter; got {value.dtype} of a {param.dtype} one"
-        )
-    if name == "master_param" and value.dtype != torch.float32:
-        raise RuntimeError(f"state {name!r} must be float32, got {value.dtype}")
-
-
-_SMALL = (torch.float32, torch.bfloat16, torch.float16)
-_OF_SMALL = ("param_remainder", "master_param")
-_MOMENT_DTYPES = {
-    "exp_avg_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.int8),
-    "exp_avg_sq_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.uint8),
-}
-_OPTIONS = ("exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_bits", "stochastic_rounding")
-
-
 def check_storage(options: Mapping, params: Sequence[Tensor]) -> None:
-    """Refuse storage options that cannot work for a group of parameters.
+    """Refuse storage options that cannot work for a group of parameters that are stepped.
 
     Raises:
         ValueError: which options, for which parameters, and what to do instead.
@@ -221,32 +265,41 @@ def check_storage(options: Mapping, params: Sequence[Tensor]) -> None:
     bits = options["master_weight_bits"]
     if bits is not None and (type(bits) is not int or bits not in (24, 32)):
         raise ValueError(f"master_weight_bits must be None, 24 or 32; got {bits!r}")
-    if not any(options[name] for name in _OPTIONS):
+    if not any(options[name] for name in _STORAGE):
         return
     for param in params:
-        of_param = f"a parameter of dtype {param.dtype} (shape {tuple(param.shape)})"
-        if param.dtype not in _SMALL:
-            raise ValueError(
-                f"storage options are for float32, bfloat16 and float16; got {of_param}. "
-                f"Put it into a param group without them"
-            )
-        if bits is not None and param.dtype == torch.float32:
-            raise ValueError(
-                f"master_weight_bits={bits} is for bfloat16 and float16 parameters; got {of_param}, which is its own "
-                f"master. Split the groups with param_groups_master_weights(groups, {bits})"
-            )
-        if bits == 24 and param.dtype == torch.float16:
-            raise ValueError(f"master_weight_bits=24 is for bfloat16; got {of_param}. Use master_weight_bits=32")
-        if options["exp_avg_sq_dtype"] == torch.float16 and param.dtype != torch.float16:
-            raise ValueError(
-                f"exp_avg_sq_dtype=torch.float16 is for float16 parameters, whose gradients have its range; "
-                f"got {of_param}. Use bfloat16 or float32"
-            )
+        _check_storage_of(param, options, bits)
     if options["stochastic_rounding"] and params and not _rounds_something(options, params):
         raise ValueError(
             "stochastic_rounding=True rounds what is stored in bfloat16, and 24-bit master weights; this group has "
             "neither. Leave it out, or store the moments in bfloat16"
         )
+
+
+def _check_storage_of(param: Tensor, options: Mapping, bits: int | None) -> None:
+    of_param = f"a parameter of dtype {param.dtype} (shape {tuple(param.shape)})"
+    if param.dtype not in _UP_TO_FP32:
+        raise ValueError(
+            f"storage options are for float32, bfloat16 and float16; got {of_param}. "
+            f"Put it into a param group without them"
+        )
+    if bits is not None and param.dtype == torch.float32:
+        raise ValueError(
+            f"master_weight_bits={bits} is for bfloat16 and float16 parameters; got {of_param}, which is its own "
+            f"master. Split the groups with param_groups_master_weights(groups, {bits})"
+        )
+    if bits == 24 and param.dtype == torch.float16:
+        raise ValueError(f"master_weight_bits=24 is for bfloat16; got {of_param}. Use master_weight_bits=32")
+    if options["exp_avg_sq_dtype"] == torch.float16 and param.dtype != torch.float16:
+        raise ValueError(
+            f"exp_avg_sq_dtype=torch.float16 is for float16 parameters, whose gradients have its range; "
+            f"got {of_param}. Use bfloat16 or float32"
+        )
+
+
+def is_trainable(param: Tensor) -> bool:
+    """Whether a parameter is going to have gradients as far as one can know; others are checked when they have one."""
+    return param.requires_grad and not is_lazy(param)
 
 
 def _rounds_something(options: Mapping, params: Sequence[Tensor]) -> bool:
@@ -257,3 +310,11 @@ def _rounds_something(options: Mapping, params: Sequence[Tensor]) -> bool:
         if torch.bfloat16 in moments or (param.dtype == torch.bfloat16 and bits != 32):
             return True
     return False
+
+
+def _is_supported(dtype: torch.dtype) -> bool:
+    return (dtype.to_real() if dtype.is_complex else dtype) in DTYPES
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)}, {tensor.dtype}, on {tensor.device}"

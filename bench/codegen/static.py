@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import common, flashoptim_code, records
+from .. import common, records
+from ..policies import BY_NAME, DTYPES, POLICIES, Policy
+from ..records import Record
 from .devices import DEVICES, Device
-from .machine_code import KERNELS, NORM, TARGETS, Failure, MachineCode, Variant, examine_all
-from .policies import BY_NAME, DTYPES, POLICIES, Policy
-from .records import Record
+from .machine_code import Failure, MachineCode, examine_all
+from .variants import KERNELS, NORM, TARGETS, Variant
 
 DESCRIPTION = """
 What each storage policy and entry ("tensor": the kernel for one tensor, "table": for a table of tensors) compiles to;
@@ -23,17 +24,15 @@ no GPU is needed. Instructions and special functions (MUFU: reciprocal square ro
 on the path of a full block, from entry to exit, prologue included, predicated or not, over the elements of a thread;
 access widths are of that path, registers, spills and shared memory of the whole kernel. Times per 1e9 parameters are
 arithmetic, not measurements: the longest of bytes / nominal bandwidth, instructions / issue rate and special functions
-/ their rate, at the rates and clocks of bench/devices.py. Budget: the instructions per element that the device could
-issue while the bytes move. Hyper-parameters are floats, tensors are aligned to 16 bytes, without maximize and AMP.
-flashoptim's kernel, if it is installed, is compiled alongside for what is closest to the smallest policy; of its one
-loop the body is counted, without the subroutines that it calls.
+/ their rate, at the rates and clocks of bench/codegen/devices.py. Budget: the instructions per element that the device
+could issue while the bytes move. Hyper-parameters are floats, tensors are aligned to 16 bytes, without maximize and
+AMP.
 """
 PARAMETERS = 1e9
-FEATURES = ("control", "statistics", "cautious", "rows")  # flags of machine_code.Variant
+FEATURES = ("control", "statistics", "cautious", "rows")  # flags of variants.Variant
 FEATURED = ("fp32", "bf16-param-grad", "bf16", "bf16-master24-8bit")  # the policies that they are compiled for
 FEATURE_TARGETS = ("sm_90", "sm_100")
 NORM_DTYPES = ("fp32", "bf16", "fp16")
-COMPARED = "bf16-master24-8bit"  # with flashoptim's kernel
 WIDTH = 170  # of the tables, where there is no terminal
 
 
@@ -171,18 +170,6 @@ def _norm_record(variant: Variant, result: MachineCode | Failure) -> Record:
     return record
 
 
-def peer_record(target: str) -> Record:
-    """flashoptim's kernel for the policy that is closest, if it is installed."""
-    return {
-        "command": "static",
-        "case": f"{COMPARED} tensor {target}",
-        "provider": "flashoptim",
-        "target": target,
-        "kernel": "tensor",
-        **flashoptim_code.record_fields(target),
-    }
-
-
 def devices_of(target: str) -> list[Device]:
     return [device for device in DEVICES if device.target == target]
 
@@ -217,8 +204,6 @@ def measure(options: argparse.Namespace) -> list[Record]:
         except RuntimeError as error:  # a compiler took its process with it
             results = [Failure(str(error))] * len(variants)
         found += [record_of(target, *case, result) for case, result in zip(cases, results, strict=True)]
-        if COMPARED in names:
-            found.append(peer_record(target))
     return found
 
 

@@ -1,15 +1,14 @@
-"""The numbers that a launch needs, made once per step in double precision."""
+"""Hyper-parameters of a param group, and the numbers that a launch makes of them at step t, in double precision."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 
-class Hyper(NamedTuple):
+class Hyperparams(NamedTuple):
     """Hyper-parameters of one group: numbers, or one-element tensors."""
 
     lr: float | Tensor
@@ -20,16 +19,15 @@ class Hyper(NamedTuple):
     decay_lr: float = 1.0  # weight decay is multiplied by lr / decay_lr
 
     @classmethod
-    def of(cls, group: Mapping[str, Any]) -> Hyper:
-        """Of a param group; the tensors themselves, whose values may change in place."""
+    def from_group(cls, group: Mapping[str, Any]) -> Hyperparams:
+        """Take them from a param group; the tensors themselves, whose values may change in place."""
         beta1, beta2 = group["betas"]
         decay_lr = group["decay_lr"] if group.get("decouple_lr") else 1.0
         return cls(group["lr"], beta1, beta2, float(group["eps"]), group["weight_decay"], decay_lr)
 
-    @property
-    def on_device(self) -> bool:
-        """Whether reading the values on the host would synchronise with a device."""
-        return any(isinstance(value, Tensor) and value.device.type != "cpu" for value in self)
+    def numbers(self) -> tuple[float, ...]:
+        """Return plain numbers; reading a tensor on a device waits for it."""
+        return tuple(map(float, self))
 
 
 def set_decay_lr(group: dict[str, Any]) -> None:
@@ -47,8 +45,8 @@ def set_decay_lr(group: dict[str, Any]) -> None:
         group["decay_lr"] = lr
 
 
-class Scalars(NamedTuple):
-    """What is left of the hyper-parameters at step t; see kernels/adamw.py for the meaning of each."""
+class KernelScalars(NamedTuple):
+    """What is left of the hyper-parameters at step t; kernels/adamw.py says what each is."""
 
     decay: float
     lerp_weight: float
@@ -60,10 +58,10 @@ class Scalars(NamedTuple):
     step: float
 
 
-def host_scalars(hyper: Hyper, step: float) -> Scalars:
-    """Scalars of update number `step` >= 1; hyper-parameters on a device are read, which synchronises."""
-    lr, beta1, beta2, eps, weight_decay, decay_lr = map(float, hyper)
-    return Scalars(
+def kernel_scalars(hyperparams: Hyperparams, step: float) -> KernelScalars:
+    """Return the scalars of update number `step` >= 1: the specification of kernels/scalars.py."""
+    lr, beta1, beta2, eps, weight_decay, decay_lr = hyperparams.numbers()
+    return KernelScalars(
         decay=1 - lr * weight_decay / decay_lr,
         lerp_weight=1 - beta1 if beta1 > 0.5 else -beta1,
         beta2=beta2,
@@ -72,30 +70,4 @@ def host_scalars(hyper: Hyper, step: float) -> Scalars:
         inv_bias_correction2_sqrt=(1 - beta2**step) ** -0.5,
         eps=eps,
         step=step,
-    )
-
-
-def scalar_rows(hypers: Tensor, steps: Tensor) -> Tensor:
-    """`host_scalars` of many, and the specification of kernels/scalars.py.
-
-    Args:
-        hypers: float64 [n, 6], in the order of `Hyper`.
-        steps: float64 [n], numbers of the updates.
-
-    Returns:
-        float64 [n, 8], in the order of `Scalars`.
-    """
-    lr, beta1, beta2, eps, weight_decay, decay_lr = hypers.unbind(1)
-    return torch.stack(
-        (
-            1 - lr * weight_decay / decay_lr,
-            torch.where(beta1 > 0.5, 1 - beta1, -beta1),
-            beta2,
-            1 - beta2,
-            -lr / (1 - beta1**steps),
-            (1 - beta2**steps) ** -0.5,
-            eps,
-            steps,
-        ),
-        dim=1,
     )

@@ -26,7 +26,7 @@ class Device:
     key: str
     name: str
     reported: str  # how the name that torch reports begins
-    target: str  # of bench.machine_code
+    target: str  # of bench.codegen.variants
     bandwidth: float  # B/s
     multiprocessors: int  # SM, on AMD CU
     clock: float  # Hz

@@ -1,0 +1,204 @@
+"""The launches of a step on one device."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .device_table import DeviceTable
+from .grad_control import GradDecision, GradNormOptions, GradScalerInputs
+from .hyperparams import Hyperparams
+from .launch_group import LaunchGroup, ParamWork, group_works, n_programs
+from .step_counts import HYPER_WORDS, StepCounts, hyperparam_words
+
+
+class Members(NamedTuple):
+    """What a step reads anew of the parameters of a plan, in the plan's order.
+
+    Attributes:
+        grads: None where there is none.
+        entries: the optimizer's state of each.
+        grad_addresses: 0 where there is none.
+    """
+
+    params: list[Tensor]
+    grads: list[Tensor | None]
+    entries: list[dict[str, Any]]
+    grad_addresses: list[int]
+
+    def part(self, span: slice) -> Members:
+        return Members(*(column[span] for column in self))
+
+
+class DevicePlan:
+    """Launch groups of the parameters on one device, what they share, and the norm of their gradients.
+
+    It holds numbers and tables on the device, and no parameter, gradient or state.
+
+    Args:
+        works: parameters with complete state, and step counts where the kernels can count them.
+        groups: the optimizer's param groups.
+        need_norm: whether steps need the norm of all gradients.
+        statistics: whether to sum the squares of what is written, and of its change.
+
+    Attributes:
+        device: of all parameters.
+        works: in the order in which they are stepped; only while the plan is being built.
+    """
+
+    def __init__(
+        self,
+        works: Sequence[ParamWork],
+        groups: Sequence[Mapping[str, Any]],
+        *,
+        need_norm: bool,
+        statistics: bool,
+    ) -> None:
+        self.device = device = works[0].param.device
+        launches = group_works(works, groups)
+        in_order = [work for _, members in launches for work in members]
+        self.order = [works.index(work) for work in in_order]
+        self._counts = StepCounts(
+            [work.entries["step"] for work in in_order],
+            [work.group for work in in_order],
+            need_double=any(work.param.dtype.to_real() == torch.float64 for work in in_order),
+        )
+        n_hyper_words = HYPER_WORDS * len(groups)
+        capturable = any(group["capturable"] for group in groups)
+        self._inputs = DeviceTable(n_hyper_words + len(in_order), device, capturable=capturable)
+        self._hyperparams, self._grads = self._inputs.tensor[:n_hyper_words], self._inputs.tensor[n_hyper_words:]
+
+        programs = [n_programs(key, members) for key, members in launches]
+        self.statistics = launch.statistics_like(sum(programs), device) if statistics else None
+        shares = [None] * len(launches) if self.statistics is None else self.statistics.split(programs)
+        self.groups: list[LaunchGroup] = []
+        start = 0
+        for (key, members), share in zip(launches, shares, strict=True):
+            span = slice(start, start + len(members))
+            is_double = key.formats.param.to_real() == torch.float64
+            scalars = self._counts.scalars64 if is_double else self._counts.scalars
+            assert scalars is not None
+            self.groups.append(LaunchGroup(key, members, groups, span, scalars, self._grads, share))
+            start = span.stop
+        self._norms = (
+            GradNorms(in_order, [key.aligned for key, members in launches for _ in members]) if need_norm else None
+        )
+        self._streams = {self._stream()}
+
+    @property
+    def aligned(self) -> list[bool]:
+        """Whether each gradient must begin at a multiple of ALIGNMENT."""
+        return [group.key.aligned for group in self.groups for _ in range(group.span.start, group.span.stop)]
+
+    def write_inputs(self, members: Members, hyperparams: Sequence[Hyperparams], *, capturing: bool) -> list[Tensor]:
+        """Tell the kernels where the gradients are, and the hyper-parameters of all groups.
+
+        Returns:
+            Tensors that must live until the step has been launched.
+        """
+        self._use_stream(capturing)
+        copies: list[Tensor] = []
+        words: list[int] = []
+        for of_group in hyperparams:
+            words += hyperparam_words(of_group, self.device, copies, capturing=capturing)
+        self._inputs.write(words + members.grad_addresses, capturing=capturing)
+        return copies
+
+    def decide(self, decision: GradDecision, scaler: GradScalerInputs, options: GradNormOptions) -> None:
+        """Decide over the gradients of this device as if they were all."""
+        assert self._norms is not None
+        self._norms.launch(self._grads, decision, scaler.to(self.device), options)
+
+    def sum_of_squares(self) -> Tensor:
+        """Return that of the gradients on this device: 0-d float64, there."""
+        assert self._norms is not None
+        self._norms.launch(self._grads, None, GradScalerInputs(), GradNormOptions())
+        return self._norms.partials[-1]
+
+    def step(self, members: Members, decision: GradDecision | None, scaler: GradScalerInputs, *, decided: bool) -> None:
+        """Count, and launch everything.
+
+        Args:
+            members: of this device, whose gradients `write_inputs` has told.
+            decision: what the step is subject to, on this device: `decided` already, or to be made from `scaler`.
+        """
+        params, grads, all_entries, _ = members
+        self._counts.advance(self._grads, self._hyperparams, decision, scaler.to(self.device), decided=decided)
+        values = None if decision is None else decision.values
+        launched = 0
+        try:
+            for group in self.groups:
+                first = group.span.start
+                group.step(params[first], grads[first], all_entries[first], values)
+                launched = group.span.stop
+        finally:
+            if launched < len(params):
+                self._take_back(members.part(slice(launched, None)), values)
+            # Autograd does not see what a kernel writes.
+            stepped = [p for p, g in zip(params[:launched], grads, strict=False) if g is not None]
+            torch.autograd.graph.increment_version(stepped)
+
+    @staticmethod
+    def _take_back(members: Members, decision: Tensor | None) -> None:
+        """Take back the counts of updates that were not launched."""
+        for grad, entries in zip(members.grads, members.entries, strict=True):
+            if grad is not None:
+                entries["step"].sub_(1.0 if decision is None else (decision[1] == 0).to(torch.float32))
+
+    def _stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+
+    def _use_stream(self, capturing: bool) -> None:
+        """Keep the allocator from handing out the tables' memory while another stream than the first reads them."""
+        stream = self._stream()
+        if stream in self._streams or capturing or stream is None:
+            return
+        self._streams.add(stream)
+        tensors = [self._inputs.tensor, *self._counts.tensors, *([] if self.statistics is None else [self.statistics])]
+        tensors += [tensor for group in self.groups for tensor in group.tensors]
+        tensors += [] if self._norms is None else self._norms.tensors
+        for tensor in tensors:
+            tensor.record_stream(stream)
+
+
+class GradNorms:
+    """Tables for the norm of all gradients of one device.
+
+    Args:
+        works: parameters in the order of their gradients' addresses.
+        aligned: whether each gradient begins at a multiple of 16 bytes.
+
+    Attributes:
+        partials: float64 [n + 1], sums of squares of spans; last that of all.
+    """
+
+    def __init__(self, works: Sequence[ParamWork], aligned: Sequence[bool]) -> None:
+        device = works[0].param.device
+        numels = [work.param.numel() * (2 if work.param.is_complex() else 1) for work in works]
+        on_device = torch.tensor(numels, dtype=torch.int64, device="cpu").to(device)
+        by_format: dict[tuple[torch.dtype, bool], list[int]] = defaultdict(list)
+        for i, (work, is_aligned) in enumerate(zip(works, aligned, strict=True)):
+            by_format[work.grad_layout.dtype.to_real(), is_aligned].append(i)
+        self._tables: list[launch.NormTable] = []
+        n_partials = 0
+        for (dtype, is_aligned), members in by_format.items():
+            table = launch.NormTable.of(on_device, members, first=n_partials, dtype=dtype, aligned=is_aligned)
+            self._tables.append(table)
+            n_partials += table.spans.shape[0]
+        self.partials = torch.zeros(n_partials + 1, dtype=torch.float64, device=device)
+        self._finished = torch.zeros(1, dtype=torch.int32, device=device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        tables = [tensor for table in self._tables for tensor in (table.numels, table.spans)]
+        return [*tables, self.partials, self._finished]
+
+    def launch(
+        self, grads: Tensor, decision: GradDecision | None, scaler: GradScalerInputs, options: GradNormOptions
+    ) -> None:
+        launch.launch_norms(self._tables, grads, self.partials, self._finished, decision, scaler, options)

@@ -1,0 +1,72 @@
+"""The step of parameters on devices without kernels, one by one in eager torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functional import is_skipped, step_tensor_eager
+from .grad_control import GradDecision
+from .hyperparams import Hyperparams
+from .launch_group import ParamWork
+from .storage import StateTensors, follow_param
+from .strides import real_view
+from .validation import is_simulated
+
+
+def sum_of_squares(work: ParamWork) -> Tensor:
+    """Return that of a gradient: 0-d float64, on its device."""
+    assert work.grad is not None
+    return real_view(work.grad.resolve_conj()).double().square().sum()
+
+
+def step(
+    works: Sequence[ParamWork],
+    groups: Sequence[Mapping[str, Any]],
+    hyperparams: Sequence[Hyperparams],
+    decision_on: Callable[[torch.device], GradDecision] | None,
+    *,
+    statistics: bool,
+) -> list[Tensor] | None:
+    """Step parameters whose state is complete, and count.
+
+    Args:
+        works: parameters with gradients.
+        groups: all param groups; hyperparams: of each.
+        decision_on: the decision on each device, if the step is subject to one.
+        statistics: whether to sum the squares of what is written, and of its change.
+
+    Returns:
+        The sums, float64 [2] of each parameter, with `statistics`; None where the step is skipped.
+    """
+    decisions = {} if decision_on is None else {d: decision_on(d).values for d in {w.param.device for w in works}}
+    if any(map(is_skipped, decisions.values())):
+        return None
+    sums = []
+    for work in works:
+        group, param, entries = groups[work.group], work.param, work.entries
+        assert work.grad is not None
+        if "master_param" in entries:
+            follow_param(param, entries["master_param"])
+        count = entries["step"]
+        if not isinstance(count, Tensor):
+            count = entries["step"] = torch.tensor(float(count), dtype=torch.float32, device="cpu")
+        of_param = torch.zeros(2, dtype=torch.float64, device=param.device) if statistics else None
+        step_tensor_eager(
+            param,
+            work.grad,
+            StateTensors.from_entries(entries, group["amsgrad"]),
+            hyperparams[work.group],
+            1.0 if is_simulated(count) else float(count.item()) + 1,
+            maximize=group["maximize"],
+            cautious=group["cautious"],
+            decision=decisions.get(param.device),
+            statistics=of_param,
+            noise_key=work.noise_key(group),
+        )
+        count.add_(1)
+        sums += [] if of_param is None else [of_param]
+    return sums

@@ -1,0 +1,137 @@
+"""Gradient release: each parameter is stepped as soon as its gradient is there, and the gradient is freed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..optimizer import AdamW
+from ..plan import Plan
+
+
+def register_gradient_release(model: nn.Module, optimizer: AdamW) -> GradientRelease:
+    """Step each parameter during the backward pass, and free its gradient at once.
+
+    Gradients then exist one or two at a time instead of all together. `optimizer.step()` and `optimizer.zero_grad()`
+    find none and do nothing. Tied parameters are stepped once, after all of their gradient (but with reentrant
+    activation checkpointing once for each segment that has them). It ends with the optimizer, which the hooks do not
+    keep alive.
+
+    Args:
+        model: whose parameters, those of the optimizer at least, are in the backward passes to come.
+        optimizer: an `AdamW`. With `skip_nonfinite` and `skip_grad_norm_above` each parameter is skipped on its own,
+            by the norm of its own gradient.
+
+    Returns:
+        A handle: `remove()` ends it, and `with handle.accumulate():` around a backward pass keeps gradients, which the
+        next one outside adds to.
+
+    Raises:
+        ValueError: what needs all gradients at once: max_grad_norm, GradScaler (fused=True), gradients that are
+            reduced after they are accumulated (DistributedDataParallel; its `.module` cannot be told from a model of
+            its own, and must not be given either); parameters that are not the model's; a second registration.
+    """
+    for wrong, what in (
+        (optimizer.max_grad_norm is not None, _needs_all_gradients(optimizer)),
+        (
+            optimizer._step_supports_amp_scaling,
+            "fused=True announces that torch.amp.GradScaler may leave unscaling to step(), which gradient release "
+            "takes before there is a scaler's verdict; train in bfloat16 without GradScaler, with fused=None",
+        ),
+        (
+            isinstance(model, nn.parallel.DistributedDataParallel),
+            "DistributedDataParallel reduces gradients after they are accumulated, when they are released already",
+        ),
+        (optimizer in _RELEASED, "this optimizer has gradient release already; remove() the handle first"),
+    ):
+        if wrong:
+            raise ValueError(f"gradient release: {what}")
+    known = {id(param) for param in model.parameters()}
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    missing = sum(id(param) not in known for param in params)
+    if missing:
+        raise ValueError(f"gradient release: {missing} of the optimizer's {len(params)} parameters are not the model's")
+    return GradientRelease(optimizer)
+
+
+class GradientRelease:
+    """Handle of `register_gradient_release`."""
+
+    def __init__(self, optimizer: AdamW) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self._accumulating = False
+        # By index: load_state_dict makes new groups.
+        owners = [(param, index) for index, group in enumerate(optimizer.param_groups) for param in group["params"]]
+        first: dict[int, tuple[Tensor, int, int]] = {}
+        for number, (param, index) in enumerate(owners):
+            first.setdefault(id(param), (param, index, number))
+        self._hooks = [self._hook(optimizer, *place) for place in first.values()]
+        # Parameters outlive their optimizer: hooks must not stay behind.
+        weakref.finalize(optimizer, _remove, self._hooks)
+        _RELEASED.add(optimizer)
+
+    def _hook(self, optimizer: AdamW, param: Tensor, group: int, number: int) -> Any:
+        plan = Plan(number)
+        optimizer._plans.append(plan)
+        alive = weakref.ref(self)
+
+        def on_accumulated(param: Tensor) -> None:
+            release = alive()
+            if release is not None:
+                release._step(param, group, plan)
+
+        requires_grad = param.requires_grad
+        param.requires_grad_()  # only then it takes hooks, and it may be unfrozen later
+        hook = param.register_post_accumulate_grad_hook(on_accumulated)
+        param.requires_grad_(requires_grad)
+        return hook
+
+    @torch.no_grad()
+    def _step(self, param: Tensor, group: int, plan: Plan) -> None:
+        optimizer = self._optimizer()
+        if self._accumulating or optimizer is None:
+            return
+        if optimizer.max_grad_norm is not None:
+            raise ValueError(f"gradient release: {_needs_all_gradients(optimizer)}")
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning rate schedulers look for
+        alone = {**optimizer.param_groups[group], "params": [param]}
+        plan.step([alone], optimizer.state, optimizer._step_inputs())
+        param.grad = None
+
+    def remove(self) -> None:
+        """Go back to `optimizer.step()`."""
+        _remove(self._hooks)
+        optimizer = self._optimizer()
+        if optimizer is not None:
+            _RELEASED.discard(optimizer)
+            del optimizer._plans[1:]
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Keep gradients: backward passes within only add to them."""
+        before, self._accumulating = self._accumulating, True
+        try:
+            yield
+        finally:
+            self._accumulating = before
+
+
+_RELEASED: weakref.WeakSet[AdamW] = weakref.WeakSet()
+
+
+def _remove(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
+
+
+def _needs_all_gradients(optimizer: AdamW) -> str:
+    return (
+        f"max_grad_norm={optimizer.max_grad_norm} needs the norm of all gradients before the first is used; "
+        f"use max_grad_norm=None, or skip_grad_norm_above, which acts on each parameter"
+    )

@@ -1,0 +1,149 @@
+"""Everything that a plan bakes into its tables, read anew at each step and compared as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from operator import attrgetter, itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from .device_plan import Members
+from .launch_group import ALIGNMENT, GradLayout
+from .strides import fill_memory
+
+_dtype_of, _shape_of = attrgetter("dtype"), attrgetter("shape")
+NO_ELEMENTS = ALIGNMENT  # stands for the address of an empty gradient, which has none: 0 is one that is missing
+
+
+class Signature:
+    """What was read when a plan was built.
+
+    A later step reads the same again: equal means that the plan's tables are right, different that they have to be
+    built anew. Address, type, dtype, shape and strides of every parameter, gradient and state tensor; the entries of
+    every state; the options of every group. Only the addresses of gradients may differ, and gradients be missing.
+
+    Args:
+        options: of the param groups and of the optimizer, in any form that can be compared.
+        n_params: of all parameters in the groups.
+        order: indices of the plan's parameters among them.
+        spans: slices of the plan's parameters, and the names of their state's entries.
+        params, entries: the plan's parameters and their state.
+        grad_layouts: of each gradient, or of the one before where there is none.
+        aligned: whether each gradient must begin at a multiple of ALIGNMENT.
+    """
+
+    def __init__(
+        self,
+        options: Any,
+        n_params: int,
+        order: Sequence[int],
+        spans: Sequence[tuple[slice, Sequence[str]]],
+        params: Sequence[Tensor],
+        entries: Sequence[Mapping[str, Any]],
+        grad_layouts: Sequence[GradLayout],
+        aligned: Sequence[bool],
+    ) -> None:
+        self._options, self._n_params, self._order, self._spans = options, n_params, order, spans
+        self._n_entries = list(map(len, entries))
+        tensors = self._tensors(params, entries)
+        self._addresses = list(map(Tensor.data_ptr, tensors))
+        self._layouts = _guards(tensors)
+        self._grad_layouts = list(grad_layouts)
+        self._grad_guards: Any = None  # made when all gradients are there
+        self._aligned = aligned
+        self._empty = [i for i, param in enumerate(params) if param.numel() == 0]
+        self.with_gaps = [i for i, of in enumerate(grad_layouts) if not fill_memory(of.shape, of.stride)]
+
+    def read(
+        self, options: Any, params: Sequence[Tensor], grads: Sequence[Tensor | None], state: Mapping[Any, Any]
+    ) -> Members | None:
+        """Return what a step reads anew, or None if the plan is outdated.
+
+        Args:
+            params, grads: all parameters in the groups, and their gradients.
+            state: the optimizer's.
+        """
+        if options != self._options or len(params) != self._n_params:
+            return None
+        its_params = [params[i] for i in self._order]
+        its_grads = [grads[i] for i in self._order]
+        entries = list(map(state.get, its_params))
+        try:
+            tensors = self._tensors(its_params, entries)
+            unchanged = (
+                list(map(Tensor.data_ptr, tensors)) == self._addresses
+                and list(map(len, entries)) == self._n_entries
+                and self._layouts.check(*tensors)
+            )
+        except (KeyError, TypeError, RuntimeError):  # an entry that is gone, no tensor, or without memory of its own
+            return None
+        if not unchanged:
+            return None
+        addresses = self._grad_addresses(its_grads)
+        return None if addresses is None else Members(its_params, its_grads, entries, addresses)
+
+    def _tensors(self, params: Sequence[Tensor], entries: Sequence[Any]) -> list[Tensor]:
+        columns = [map(itemgetter(name), entries[span]) for span, names in self._spans for name in names]
+        return [*params, *chain.from_iterable(columns)]
+
+    def _grad_addresses(self, grads: Sequence[Tensor | None]) -> list[int] | None:
+        """Return the addresses of gradients, or None if one is not like that which the plan was built for."""
+        present = [grad for grad in grads if grad is not None]
+        if len(present) < len(grads):
+            expected = [layout for layout, grad in zip(self._grad_layouts, grads, strict=True) if grad is not None]
+            if _grad_layouts(present) != expected:
+                return None
+            addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
+        else:
+            if self._grad_guards is None and _grad_layouts(present) == self._grad_layouts:
+                self._grad_guards = _guards(present)
+            if self._grad_guards is None or not self._grad_guards.check(*present):
+                return None
+            addresses = list(map(Tensor.data_ptr, present))
+        for i in self._empty:
+            if grads[i] is not None:
+                addresses[i] = NO_ELEMENTS
+        if any(map((ALIGNMENT - 1).__and__, addresses)) and not self._fit_alignment(addresses):
+            return None
+        return addresses
+
+    def _fit_alignment(self, addresses: Sequence[int]) -> bool:
+        return not any(
+            aligned and address % ALIGNMENT for aligned, address in zip(self._aligned, addresses, strict=True)
+        )
+
+
+def _grad_layouts(grads: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    """Return the fields of each gradient's `GradLayout`."""
+    columns = (_dtype_of, _shape_of, Tensor.stride, Tensor.is_neg)
+    return list(zip(map(type, grads), *(map(column, grads) for column in columns), strict=True))
+
+
+def _guards(tensors: Sequence[Tensor]) -> Any:
+    """Return an object whose `check(*tensors)` tells whether others have these types, dtypes, shapes and strides."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        return TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
+            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+        )
+    except (ImportError, TypeError, RuntimeError, SystemError):
+        return _Layouts(tensors)
+
+
+class _Layouts:
+    """The same in Python, where torch does not have it: three times slower."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._layouts = list(map(_layout, tensors))
+
+    def check(self, *tensors: Tensor) -> bool:
+        return list(map(_layout, tensors)) == self._layouts
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.is_neg()

@@ -1,0 +1,64 @@
+"""Master weights: a bf16 parameter and its remainder are one fp32 number. kernels/storage.py describes the format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..strides import dense
+
+REMAINDERS = {32: torch.int16, 24: torch.int8}
+ENTRIES = ("param_remainder", "master_param")
+
+
+def join(param: Tensor, remainder: Tensor) -> Tensor:
+    """Return the float32 weights of a bf16 parameter and its int16 or int8 remainder, dense."""
+    high = dense(param).to(torch.float32).view(torch.int32)
+    shift = 16 - torch.iinfo(remainder.dtype).bits
+    return (high + (remainder.to(torch.int32) << shift)).view(torch.float32)
+
+
+def split(weight: Tensor, dtype: torch.dtype, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the bf16 parameter and the remainder of float32 weights; `join` is the inverse.
+
+    Args:
+        weight: float32.
+        dtype: of the remainder, int16 or int8.
+        noise: 16 random bits for each element, int32; 8 of them round a remainder of 8 bits.
+    """
+    # A carry out of a NaN's ones would make it -0.0.
+    bits = torch.where(weight.isnan(), 0x7FC00000, weight.view(torch.int32))
+    shift = 16 - torch.iinfo(dtype).bits
+    if shift:
+        bits = bits + (0x80 if noise is None else noise >> 8)
+    high = (bits + 0x8000) >> 16
+    remainder = (bits - (high << 16)) >> shift
+    return (high << 16).view(torch.float32).to(torch.bfloat16), remainder.to(dtype)
+
+
+def nearest_remainder(param: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the remainder that brings a bf16 parameter, which stays, closest to float32 weights."""
+    limits = torch.iinfo(dtype)
+    shift = 16 - limits.bits
+    rest = weight.view(torch.int32) - dense(param).to(torch.float32).view(torch.int32)
+    return ((rest + (1 << shift >> 1)) >> shift).clamp(limits.min, limits.max).to(dtype)
+
+
+def master_weight(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
+    """Return the float32 value of a parameter with what its state adds to it; of a float64 or complex one its own."""
+    if "param_remainder" in entries:
+        return join(param.detach(), entries["param_remainder"])
+    if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return param.detach()
+    return entries.get("master_param", param.detach()).to(torch.float32)
+
+
+def follow_param(param: Tensor, master: Tensor) -> None:
+    """Take over into a float32 master what was written to its parameter by others than the step.
+
+    The step leaves a parameter that is its master rounded: where it is not, it was written since.
+    """
+    master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(torch.float32)))

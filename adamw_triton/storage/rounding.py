@@ -1,0 +1,70 @@
+"""Stochastic rounding, and the random bits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PHILOX_ROUNDS = 7
+
+
+class NoiseKey(NamedTuple):
+    """What the random bits of a tensor's elements depend on, besides the number of the update.
+
+    Attributes:
+        seed: key of the generator, 0 to 2^63 - 1.
+        param_index: number that tells parameters apart, 0 to 2^31 - 1.
+        element_offset: index of the tensor's first element in the whole parameter, of which it may be a slice.
+    """
+
+    seed: int
+    param_index: int
+    element_offset: int = 0
+
+
+def round_to_bfloat16(value: Tensor, noise: Tensor) -> Tensor:
+    """Round float32 to bf16: random bits are added below the last that is kept, and the rest is cut off."""
+    return ((value.view(torch.int32) + noise) >> 16 << 16).view(torch.float32).to(torch.bfloat16)
+
+
+def noise(key: NoiseKey, step: int, param: Tensor) -> Iterator[Tensor]:
+    """Yield 16 random bits for each element, int32 [n]: for the parameter, exp_avg and exp_avg_sq.
+
+    Args:
+        step: number of this update.
+        param: new parameter, float32 [n]; of 8 elements one of which is not finite all bits are 0.
+    """
+    n_elements = param.numel()
+    index = key.element_offset + torch.arange(n_elements, dtype=torch.int64, device=param.device)
+    words = torch.stack(_philox(key.seed, index >> 3, step, key.param_index))
+    padded = torch.zeros(-(-n_elements // 8) * 8, dtype=torch.float32, device=param.device)
+    padded[:n_elements] = param * 0.0
+    words *= (padded.view(-1, 8).sum(dim=1) == 0).repeat_interleave(8)[:n_elements]
+    pair = ((index >> 1) & 3).unsqueeze(0)
+    word = words.gather(0, pair)[0]
+    other = words.gather(0, (pair + 1) & 3)[0]
+    is_odd = (index & 1) == 1
+    yield torch.where(is_odd, word >> 16, word & 0xFFFF).to(torch.int32)
+    for factor, source in ((0x9E3779B1, word), (0x85EBCA77, other)):
+        product = source * factor & 0xFFFFFFFF
+        yield torch.where(is_odd, product & 0xFFFF, product >> 16).to(torch.int32)
+
+
+def _philox(seed: int, counter: Tensor, step: int, param_index: int) -> list[Tensor]:
+    """Return four words of Philox4x32 (Salmon et al., https://doi.org/10.1145/2063384.2063405), computed in int64."""
+    mask = 0xFFFFFFFF
+    c0, c1 = counter & mask, counter >> 32
+    c2, c3 = torch.full_like(counter, step & mask), torch.full_like(counter, param_index & mask)
+    k0, k1 = seed & mask, seed >> 32 & mask
+
+    def high(a: Tensor, b: int) -> Tensor:
+        return ((a >> 16) * b + ((a & 0xFFFF) * b >> 16)) >> 16
+
+    for _ in range(PHILOX_ROUNDS):
+        a, b = 0xD2511F53, 0xCD9E8D57
+        c0, c1, c2, c3 = high(c2, b) ^ c1 ^ k0, c2 * b & mask, high(c0, a) ^ c3 ^ k1, c0 * a & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return [c0, c1, c2, c3]

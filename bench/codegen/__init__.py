@@ -1,0 +1,1 @@
+"""Tools of the kernels' author: what kernels compile to, and the errors of their arithmetic."""

@@ -1,1 +1,0 @@
-"""GPU kernels of adamw_triton; installed as ``adamw_triton.kernels``."""
