@@ -41,9 +41,9 @@ from unittest import mock
 import torch
 
 from adamw_triton import launch
-from adamw_triton.control import Control, Scaling
-from adamw_triton.scalars import Scalars
-from adamw_triton.storage import Rounding, Storage, TensorState
+from adamw_triton.grad_control import GradDecision, GradNormOptions, GradScalerInputs
+from adamw_triton.hyperparams import KernelScalars
+from adamw_triton.storage import Formats, NoiseKey, StateTensors
 
 from ..policies import DTYPES
 from .listing import (
@@ -165,14 +165,12 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
 
 def compile_variant(variant: Variant) -> Compiled:
     param, grad, exp_avg, exp_avg_sq = (DTYPES[name] for name in variant.dtypes)
-    numbers = len(Scalars._fields)
-    scalars: Any = torch.zeros(numbers, dtype=torch.float64) if variant.scalars_row else Scalars(*[0.5] * numbers)
-    if variant.rows:
-        scalars = torch.zeros(1, numbers, dtype=torch.float64)
+    scalars_dtype = torch.float64 if param == torch.float64 else torch.float32
+    scalars = torch.zeros(1, len(KernelScalars._fields), dtype=scalars_dtype)
     options: dict[str, Any] = {
         "maximize": variant.maximize,
         "cautious": variant.cautious,
-        "control": torch.zeros(3, dtype=torch.float64) if variant.control else None,
+        "decision": torch.zeros(3, dtype=torch.float64) if variant.control else None,
         "statistics": launch.statistics_like(1, torch.device("cpu")) if variant.statistics else None,
     }
 
@@ -180,31 +178,31 @@ def compile_variant(variant: Variant) -> Compiled:
         return torch.zeros(16, dtype=dtype)[0 if variant.aligned else 1 :]
 
     master = None if variant.master is None else DTYPES[variant.master]
-    rounding = Rounding(seed=1, stream=0) if variant.stochastic else None
+    noise_key = NoiseKey(seed=1, param_index=0) if variant.stochastic else None
 
     with compiling(variant.target) as compiled:
         if variant.kernel == NORM:
             int64, int32 = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int32)
-            norm_table = launch.NormTable(int64, int64, int32, first=0, dtype=grad, aligned=variant.aligned)
+            norm_table = launch.NormTable(int64, int32, first=0, dtype=grad, aligned=variant.aligned)
             partials = torch.zeros(2, dtype=torch.float64)
-            control = Control(torch.device("cpu")) if variant.control else None
-            launch.launch_norms([norm_table], partials, int32, control, Scaling(), 1.0, None)
+            decision = GradDecision(torch.device("cpu")) if variant.control else None
+            launch.launch_norms(
+                [norm_table], int64, partials, int32, decision, GradScalerInputs(), GradNormOptions(max_grad_norm=1.0)
+            )
         elif variant.kernel == "table":
-            storage = Storage(param, grad, exp_avg, exp_avg_sq, master, variant.stochastic)
+            formats = Formats(param, grad, exp_avg, exp_avg_sq, master, variant.stochastic)
             table = launch.Table(
                 tensors=torch.zeros(1, 4, dtype=torch.int64),
-                grads=torch.zeros(1, dtype=torch.int64),
                 chunks=torch.zeros(1, 2, dtype=torch.int32),
-                storage=storage,
+                formats=formats,
                 amsgrad=variant.amsgrad,
                 aligned=variant.aligned,
                 seed=1,
-                configuration=launch.configuration_of(*storage.dtypes),
-                has_rows=variant.rows,
+                configuration=launch.configuration_of(*formats.dtypes),
             )
-            launch.launch_table(table, scalars, **options)
+            launch.launch_table(table, torch.zeros(1, dtype=torch.int64), scalars, **options)
         else:
-            state = TensorState(
+            state = StateTensors(
                 tensor(exp_avg),
                 tensor(exp_avg_sq),
                 tensor(exp_avg_sq) if variant.amsgrad else None,
@@ -212,7 +210,7 @@ def compile_variant(variant: Variant) -> Compiled:
                 tensor(torch.float32) if exp_avg == torch.int8 else None,
                 tensor(torch.float32) if exp_avg_sq == torch.uint8 else None,
             )
-            launch.launch_tensor(tensor(param), tensor(grad), state, scalars, rounding=rounding, **options)
+            launch.launch_tensor(tensor(param), tensor(grad), state, scalars, noise_key=noise_key, **options)
     return compiled[0]
 
 

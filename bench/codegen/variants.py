@@ -15,7 +15,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 }
 KERNELS = ("tensor", "table")
 NORM = "norm"  # kernel of the gradient norm, of which only the gradient's dtype and `control` matter
-FLAGS = ("amsgrad", "maximize", "control", "statistics", "cautious", "scalars_row", "rows", "stochastic")
+FLAGS = ("amsgrad", "maximize", "control", "statistics", "cautious", "stochastic")
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,6 @@ class Variant:
     control: bool = False  # factor and flag in memory: clipping, unscaling, skipping
     statistics: bool = False  # sums of squares of update and parameter
     cautious: bool = False
-    scalars_row: bool = False  # scalars in memory
-    rows: bool = False  # a row of them for each tensor of a table
     aligned: bool = True  # all tensors to 16 bytes
     master: str | None = None  # int16 or int8 remainder, or fp32 master
     stochastic: bool = False
