@@ -95,6 +95,13 @@ class DevicePlan:
         """Whether each gradient must begin at a multiple of ALIGNMENT."""
         return [group.key.aligned for group in self.groups for _ in range(group.span.start, group.span.stop)]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the plan holds on the device."""
+        tensors = [self._inputs.tensor, *self._counts.tensors, *([] if self.statistics is None else [self.statistics])]
+        tensors += [tensor for group in self.groups for tensor in group.tensors]
+        return tensors + ([] if self._norms is None else self._norms.tensors)
+
     def write_inputs(self, members: Members, hyperparams: Sequence[Hyperparams], *, capturing: bool) -> list[Tensor]:
         """Tell the kernels where the gradients are, and the hyper-parameters of all groups.
 
@@ -159,10 +166,7 @@ class DevicePlan:
         if stream in self._streams or capturing or stream is None:
             return
         self._streams.add(stream)
-        tensors = [self._inputs.tensor, *self._counts.tensors, *([] if self.statistics is None else [self.statistics])]
-        tensors += [tensor for group in self.groups for tensor in group.tensors]
-        tensors += [] if self._norms is None else self._norms.tensors
-        for tensor in tensors:
+        for tensor in self.tensors:
             tensor.record_stream(stream)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,18 @@ from .functional import is_skipped, step_tensor_eager
 from .grad_control import GradDecision
 from .hyperparams import Hyperparams
 from .launch_group import ParamWork
-from .storage import StateTensors, follow_param
+from .storage import StateTensors
 from .strides import real_view
 from .validation import is_simulated
+
+
+def place_step(entries: MutableMapping[str, Any]) -> None:
+    """Have a parameter's updates counted in a 0-d float32; one that is there stays where it is."""
+    step = entries["step"]
+    if not isinstance(step, Tensor):
+        entries["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+    elif step.dtype != torch.float32 or step.dim() != 0:
+        entries["step"] = step.to(torch.float32).reshape(())
 
 
 def sum_of_squares(work: ParamWork) -> Tensor:
@@ -49,11 +58,7 @@ def step(
     for work in works:
         group, param, entries = groups[work.group], work.param, work.entries
         assert work.grad is not None
-        if "master_param" in entries:
-            follow_param(param, entries["master_param"])
         count = entries["step"]
-        if not isinstance(count, Tensor):
-            count = entries["step"] = torch.tensor(float(count), dtype=torch.float32, device="cpu")
         of_param = torch.zeros(2, dtype=torch.float64, device=param.device) if statistics else None
         step_tensor_eager(
             param,

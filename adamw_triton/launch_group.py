@@ -41,8 +41,6 @@ class ParamWork:
         grad: None where it has none now, and had one before.
         group: index of its param group.
         index: in the list of all parameters, which tells its random bits apart.
-        grad_layout: of `grad`, or of the one before.
-        is_aligned: whether that gradient began at a multiple of ALIGNMENT.
         turn: 0, or a number that says when it is stepped: parameters that share memory cannot share a launch.
     """
 
@@ -51,8 +49,6 @@ class ParamWork:
     entries: MutableMapping[str, Any]
     group: int
     index: int
-    grad_layout: GradLayout
-    is_aligned: bool = True
     turn: int = 0
 
     def check(self) -> None:
@@ -61,6 +57,21 @@ class ParamWork:
         if self.grad is not None:
             check_grad(self.param, self.grad)
         check_entries(self.param, self.entries)
+
+    def see_gradient(self, known: Mapping[int, tuple[GradLayout, bool]]) -> None:
+        """Note layout and alignment of the gradient that the tables are made for.
+
+        Args:
+            known: those of former gradients, by id of the parameter: of one that is missing, and of one that moves
+                between aligned and unaligned addresses.
+        """
+        layout, self.is_aligned = known.get(id(self.param), (None, True))
+        if self.grad is not None:
+            layout = GradLayout.of(self.grad)
+            self.is_aligned = self.is_aligned and self.grad.data_ptr() % ALIGNMENT == 0
+        elif layout is None or layout.shape != self.param.shape:
+            layout = GradLayout(Tensor, self.param.dtype, self.param.shape, self.param.stride(), False)
+        self.grad_layout = layout
 
     def noise_key(self, group: Mapping[str, Any]) -> NoiseKey | None:
         return NoiseKey(group["seed"], self.index) if group["stochastic_rounding"] else None

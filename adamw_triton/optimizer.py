@@ -194,7 +194,6 @@ class AdamW(Optimizer):
             raise
         self._announce_amp_support()
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
 
@@ -215,8 +214,13 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._plans[0].step(self.param_groups, self.state, self._step_inputs())
+        self._update()
         return loss
+
+    @torch.compiler.disable(reason="AdamW's step is one kernel already: there is nothing in it to compile")
+    @torch.no_grad()
+    def _update(self) -> None:
+        self._plans[0].step(self.param_groups, self.state, self._step_inputs())
 
     def _step_inputs(self) -> StepInputs:
         # The scaler's are set by torch.amp.GradScaler for the duration of a step.

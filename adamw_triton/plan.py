@@ -31,11 +31,11 @@ from . import eager, launch
 from .device_plan import DevicePlan, Members
 from .grad_control import GradDecision, GradNormOptions, GradScalerInputs, decide, move
 from .hyperparams import Hyperparams, set_decay_lr
-from .launch_group import ALIGNMENT, GradLayout, ParamWork
+from .launch_group import GradLayout, ParamWork
 from .signature import Signature
 from .step_counts import place_steps
-from .storage import StorageOptions, follow_param
-from .validation import check_hyperparams, check_implementation, check_storage, is_simulated
+from .storage import StorageOptions
+from .validation import check_hyperparams, check_implementation, check_storage
 
 _options_of = itemgetter(
     "foreach", "amsgrad", "maximize", "capturable", "differentiable", "cautious", *StorageOptions._fields
@@ -77,8 +77,6 @@ class Plan:
         self._values: list[Any] | None = None
         self._hyperparams: list[Hyperparams] = []
         self._known_grads: dict[int, tuple[GradLayout, bool]] = {}  # by id of the parameter: layout, alignment
-        self._with_master: list[int] = []  # members with a float32 master
-        self._versions: list[int] = []  # of these, after the last step
         self._eager_sums: list[Tensor] = []
         self._captured: list[Any] = []  # whose tables CUDA graphs read
 
@@ -107,14 +105,17 @@ class Plan:
         capturing = is_capturing()
         if capturing and (members is None or any(work.param.is_cuda for work in works)):
             _refuse_capture(groups)
+        eager_works = [work for work in works if not launch.can_launch(work.param)]
         if members is None or works:
             with torch.inference_mode(False):  # state must outlive a step taken in inference mode
                 for work in works:
                     state.setdefault(work.param, work.entries)
-                    _storage_of(work, groups).complete(work.param, work.entries, amsgrad=groups[work.group]["amsgrad"])
+                    amsgrad = groups[work.group]["amsgrad"]
+                    _storage_of(work, groups).complete(work.param, work.entries, amsgrad=amsgrad)
+                for work in eager_works:
+                    eager.place_step(work.entries)
                 if members is None:
                     members = self._build(works, options, params, grads, groups, state, inputs)
-        eager_works = [work for work in works if not launch.can_launch(work.param)]
         if eager_works or any(grad is not None for grad in members.grads):
             self._launch(members, eager_works, groups, hyperparams, inputs, capturing)
 
@@ -151,18 +152,10 @@ class Plan:
         state: Mapping[Any, Any],
     ) -> list[ParamWork]:
         group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
-        works = []
-        for i in indices:
-            param, grad = params[i], grads[i]
-            layout, is_aligned = self._known_grads.get(id(param), (None, True))
-            if grad is not None:
-                layout = GradLayout.of(grad)
-                is_aligned = is_aligned and (is_simulated(grad) or grad.data_ptr() % ALIGNMENT == 0)
-            elif layout is None or layout.shape != param.shape:
-                layout = GradLayout(Tensor, param.dtype, param.shape, param.stride(), False)
-            number = self._first_index + i
-            works.append(ParamWork(param, grad, state.get(param, {}), group_of[i], number, layout, is_aligned))
-        return works
+        return [
+            ParamWork(params[i], grads[i], state.get(params[i], {}), group_of[i], self._first_index + i)
+            for i in indices
+        ]
 
     def _build(
         self,
@@ -186,20 +179,16 @@ class Plan:
         by_device: dict[torch.device, list[ParamWork]] = defaultdict(list)
         for work in sorted([*works, *waiting], key=lambda work: work.index):
             if launch.can_launch(work.param):
+                work.see_gradient(self._known_grads)
                 by_device[work.param.device].append(work)
         in_order: list[ParamWork] = []
         for device, its_works in by_device.items():
             place_steps([work.entries for work in its_works], device)
-            for work in its_works:
-                if "master_param" in work.entries:
-                    follow_param(work.param, work.entries["master_param"])
             _set_turns(its_works)
             plan = DevicePlan(its_works, groups, need_norm=inputs.norm_options.need_norm, statistics=inputs.statistics)
             self._devices.append((plan, slice(len(in_order), len(in_order) + len(its_works))))
             in_order += [its_works[i] for i in plan.order]
         self._known_grads = {id(work.param): (work.grad_layout, work.is_aligned) for work in in_order}
-        self._with_master = [i for i, work in enumerate(in_order) if "master_param" in work.entries]
-        self._versions = [in_order[i].param._version for i in self._with_master]
         order = [work.index - self._first_index for work in in_order]
         self._outside = [i for i in _first_occurrences(params) if i not in set(order)]
         if not in_order:
@@ -235,7 +224,6 @@ class Plan:
         norm_options, scaler = inputs.norm_options, inputs.scaler
         if norm_options.need_norm and self._signature is not None:
             members = _without_gaps(members, self._signature.with_gaps)
-        self._follow_masters(members)
         parts = [(plan, members.part(span)) for plan, span in self._devices]
         temporary = [plan.write_inputs(part, hyperparams, capturing=capturing) for plan, part in parts]
         subject = norm_options.need_norm or scaler.present
@@ -247,15 +235,8 @@ class Plan:
         sums = eager.step(eager_works, groups, hyperparams, decision_on, statistics=inputs.statistics)
         if sums is not None:
             self._eager_sums = sums
-        self._versions = [members.params[i]._version for i in self._with_master]
         if capturing:
             self._captured.append((self._devices, temporary))
-
-    def _follow_masters(self, members: Members) -> None:
-        """Take over what was written to parameters with masters since the last step."""
-        for i, version in zip(self._with_master, self._versions, strict=True):
-            if members.params[i]._version != version:
-                follow_param(members.params[i], members.entries[i]["master_param"])
 
     def _decide(
         self, parts: Sequence[tuple[DevicePlan, Members]], eager_works: Sequence[ParamWork], inputs: StepInputs

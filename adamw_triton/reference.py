@@ -88,7 +88,9 @@ def adamw_(
 def _load_param(param: Tensor, state: StateTensors) -> Tensor:
     if state.master is None:
         return param
-    return state.master if state.master.is_floating_point() else storage.join(param, state.master)
+    if state.master.is_floating_point():
+        return storage.master_weight(param, {"master_param": state.master})
+    return storage.join(param, state.master)
 
 
 def _load(name: str, state: StateTensors) -> Tensor:

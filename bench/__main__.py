@@ -15,7 +15,7 @@ COMMANDS = {
     "host": "time of step() on the host, for 10 to 10,000 tensors",
     "throughput": "bytes per second of one tensor's step, next to copies of as many bytes (GPU)",
     "models": "one step on the parameter lists of real models, ours and every peer's (GPU)",
-    "tune": "the sweep that the fixed configurations come from (GPU)",
+    "tune": "a sweep of block sizes, warps and cache hints, which checks the fixed configurations (GPU)",
     "suite": "static, arithmetic, host, throughput and models, as far as this machine can, into one JSON",
     "plot": "draw a result",
     "compare": "ratios between two results, with their spread",

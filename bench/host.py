@@ -5,16 +5,18 @@ from __future__ import annotations
 import gc
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from adamw_triton import AdamW, launch
+from adamw_triton.signature import Signature
 
 from . import common, records
 from .records import Record
@@ -22,19 +24,32 @@ from .records import Record
 COUNTS = (10, 161, 291, 1000, 10_000)  # 161: ResNet-50, 291: Llama-3-8B
 ELEMENTS = 4  # of each tensor: the CPU's own arithmetic must not count, in torch's optimizers either
 GROWTH = (161, 1000)  # tensors between which the time of one more is taken
+FUSED, FUSED_GROUPS = "torch fused", "torch fused, a group each"
 DESCRIPTION = """\
 Time of step() on the host. On a GPU launches are real, and the queue is drained outside of what is timed; without
 one, the launch is replaced by nothing at the one place that calls kernels, while torch's optimizers on the CPU do
 their (tiny) arithmetic, on one thread. Tensors have 4 elements. "bare scan" reads the addresses of gradients and
-parameters, the least that any step has to. "gradients move" gives every parameter another gradient before each step,
-outside of what is timed. "a group each": every tensor is a param group, of three learning rates. Providers take
-turns, each with one step before the one that counts; median and 20th and 80th percentile, without Python's garbage
-collector."""
+parameters, the least that any step has to. "signature alone" is the comparison of everything that the step's tables
+hold with what is there now, a part of each of our steps. "gradients move" gives every parameter another gradient before
+each step, "missing gradients" takes that of every other parameter away, of the odd and the even ones in turn; both
+outside of what is timed. "clip and skip" needs the norm of all gradients. "a group each": every tensor is a param
+group, of three learning rates; it is compared with torch's fused step of as many groups, all others with that of one.
+Providers take turns, each with one step before the one that counts; median and 20th and 80th percentile, without
+Python's garbage collector."""
 
 
 class Provider(NamedTuple):
     step: Callable[[], Any]
     before: Callable[[], None] = lambda: None  # of every step, not timed
+    against: str = FUSED  # which provider to compare it with
+
+
+def signature_alone(optimizer: AdamW) -> Callable[[], Any]:
+    """Return the reading that a step begins with, of the same tensors."""
+    optimizer.step()  # builds the plan
+    with mock.patch.object(Signature, "read", autospec=True, side_effect=Signature.read) as read:
+        optimizer.step()
+    return partial(Signature.read, *read.call_args.args)
 
 
 def providers(count: int, device: torch.device) -> dict[str, Provider]:
@@ -49,23 +64,26 @@ def providers(count: int, device: torch.device) -> dict[str, Provider]:
     def groups() -> list[dict[str, Any]]:
         return [{"params": [param], "lr": 1e-3 / (1 + i % 3)} for i, param in enumerate(params())]
 
-    ours, moving, scanned = AdamW(params()), AdamW(params()), params()
-    spare = [[torch.zeros_like(p) for p in moving.param_groups[0]["params"]] for _ in range(2)]
+    moving, missing, scanned = params(), params(), params()
+    spare: list[list[Tensor | None]] = [[torch.zeros_like(p) for p in moving] for _ in range(2)]
+    halves = [[p.grad if i % 2 == odd else None for i, p in enumerate(missing)] for odd in range(2)]
 
-    def move() -> None:
-        spare.reverse()
-        for param, grad in zip(moving.param_groups[0]["params"], spare[0], strict=True):
+    def give(params: Sequence[nn.Parameter], in_turn: list[list[Tensor | None]]) -> None:
+        in_turn.reverse()
+        for param, grad in zip(params, in_turn[0], strict=True):
             param.grad = grad
 
     return {
         "bare scan": Provider(lambda: [(p.grad.data_ptr(), p.data_ptr()) for p in scanned if p.grad is not None]),
-        "adamw_triton": Provider(ours.step),
-        "adamw_triton, gradients move": Provider(moving.step, before=move),
+        "signature alone": Provider(signature_alone(AdamW(params()))),
+        "adamw_triton": Provider(AdamW(params()).step),
+        "adamw_triton, gradients move": Provider(AdamW(moving).step, before=partial(give, moving, spare)),
+        "adamw_triton, missing gradients": Provider(AdamW(missing).step, before=partial(give, missing, halves)),
         "adamw_triton, clip and skip": Provider(AdamW(params(), max_grad_norm=1.0, skip_nonfinite=True).step),
         "adamw_triton, capturable": Provider(AdamW(params(), capturable=True).step),
-        "adamw_triton, a group each": Provider(AdamW(groups()).step),
-        "torch fused": Provider(torch.optim.AdamW(params(), fused=True).step),
-        "torch fused, a group each": Provider(torch.optim.AdamW(groups(), fused=True).step),
+        "adamw_triton, a group each": Provider(AdamW(groups()).step, against=FUSED_GROUPS),
+        FUSED: Provider(torch.optim.AdamW(params(), fused=True).step),
+        FUSED_GROUPS: Provider(torch.optim.AdamW(groups(), fused=True).step),
         "torch foreach": Provider(torch.optim.AdamW(params(), foreach=True).step),
         "torch for-loop": Provider(torch.optim.AdamW(params(), foreach=False).step),
     }
@@ -87,7 +105,7 @@ def launches(device: torch.device) -> Iterator[None]:
 def sample(taking_turns: dict[str, Provider], device: torch.device, seconds: float) -> dict[str, list[float]]:
     """Microseconds of each step, taking turns until the time is used; at least three samples after a warm-up."""
     samples: dict[str, list[float]] = {name: [] for name in taking_turns}
-    for step, before in taking_turns.values():
+    for step, before, _ in taking_turns.values():
         before()
         step()
     end = time.perf_counter() + seconds
@@ -95,7 +113,7 @@ def sample(taking_turns: dict[str, Provider], device: torch.device, seconds: flo
     gc.disable()  # as timeit does
     try:
         while time.perf_counter() < end or min(map(len, samples.values())) < 3:
-            for name, (step, before) in taking_turns.items():
+            for name, (step, before, _) in taking_turns.items():
                 before()
                 step()  # whose turn it is finds its own data in the caches, not the last one's
                 before()
@@ -114,11 +132,12 @@ def measure(options: Namespace) -> list[Record]:
     medians: dict[tuple[str, int], float] = {}
     for count in options.tensors:
         with launches(options.device):
-            samples = sample(providers(count, options.device), options.device, options.seconds)
+            taking_turns = providers(count, options.device)
+            samples = sample(taking_turns, options.device, options.seconds)
         times = {name: records.spread(values) for name, values in samples.items()}
         for name, spread in times.items():
             medians[name, count] = spread["median"]
-            ratio = times["torch fused"]["median"] / spread["median"]
+            ratio = times[taking_turns[name].against]["median"] / spread["median"]
             found.append(
                 {
                     "command": "host",

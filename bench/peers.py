@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adamw_triton import AdamW
-from adamw_triton.storage import Policy as StoragePolicy
+from adamw_triton.storage import StorageOptions
 
 from . import common
 from .policies import Policy
@@ -84,7 +84,7 @@ def problem(shapes: Sequence[tuple[int, ...]], policy: Policy, device: torch.dev
         state: dict[str, Tensor] = {}
         with torch.no_grad():
             options = {**policy.options, "exp_avg_dtype": policy.exp_avg, "exp_avg_sq_dtype": policy.exp_avg_sq}
-            StoragePolicy.of({**options, "seed": 0}).complete(param, state, amsgrad=policy.amsgrad)
+            StorageOptions.from_group({**options, "seed": 0}).complete(param, state, amsgrad=policy.amsgrad)
         del state["step"]
         params.append(param)
         moments.append(state)

@@ -72,6 +72,7 @@ def features(document: dict[str, Any]) -> str:
     rows = [
         [FEATURES[feature], *(" / ".join(cells.get((feature, p, t), "?") for t in targets) for p in policies)]
         for feature in dict.fromkeys(r["feature"] for r in found)
+        if feature in FEATURES
     ]
     return markdown([" / ".join(targets), *policies], rows) + conditions(document)
 
@@ -152,7 +153,6 @@ FEATURES = {
     "control": "factor and flag: clip, unscale, skip",
     "statistics": "norms of update and parameters",
     "cautious": "cautious decay",
-    "rows": "several groups in one launch",
 }
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "arithmetic": arithmetic,

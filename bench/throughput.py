@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
-from adamw_triton import AdamW, launch
-from adamw_triton.scalars import Hyper, Scalars, host_scalars
-from adamw_triton.storage import Rounding, TensorState
+from adamw_triton import launch
+from adamw_triton.hyperparams import Hyperparams, kernel_scalars
+from adamw_triton.storage import NoiseKey, StateTensors
 
 from . import common, peers, records, timing
 from .codegen import devices
@@ -23,12 +24,13 @@ from .records import Record
 
 DESCRIPTION = """\
 Bytes per second of one step of one tensor by the byte formula: parameter, gradient and state read once, all but the
-gradient written once. "tensor" is the launch of foreach=False, "table" that of foreach=True. Next to them a copy of
-as many bytes, read and written counted, by Tensor.copy_ and by 128-bit accesses in Triton, and a kernel without math
-that reads four tensors and writes three. Times are between events around the launch, which was prepared before;
-the L2 cache is flushed before each; providers take turns; median and 20th and 80th percentile. Other peers than torch
-fused have no launch to call: for them it is all of step(), which at small sizes is their time on the host; GB/s counts
-what they store themselves. A peer whose own state does not fit beside the rest is left out."""
+gradient written once. "tensor" is the launch of foreach=False, "table" that of foreach=True, both without the small
+one before it that counts the step. Next to them a copy of as many bytes, read and written counted, by Tensor.copy_ and
+by 128-bit accesses in Triton, and a kernel without math that reads four tensors and writes three. Times are between
+events around the launch, which was prepared before; the L2 cache is flushed before each; providers take turns; median
+and 20th and 80th percentile. Other peers than torch fused have no launch to call: for them it is all of step(), which
+at small sizes is their time on the host; GB/s counts what they store themselves. A peer whose own state does not fit
+beside the rest is left out."""
 
 TENSOR, TABLE = "adamw_triton tensor", "adamw_triton table"
 TORCH_COPY, OUR_COPY, SKELETON = "copy (Tensor.copy_)", "copy (Triton)", "skeleton 4R3W"
@@ -84,10 +86,14 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0]
 
 
-def step_scalars() -> Scalars:
-    beta1, beta2 = peers.HYPER["betas"]
-    hyper = Hyper(peers.HYPER["lr"], beta1, beta2, peers.HYPER["eps"], peers.HYPER["weight_decay"])
-    return host_scalars(hyper, 1000.0)
+def step_scalars(device: torch.device) -> Tensor:
+    """Return the scalars of one tensor, as the optimizer has them on the device: float32 [8]."""
+    scalars = kernel_scalars(Hyperparams.from_group(peers.HYPER), 1000.0)
+    return torch.tensor(scalars, dtype=torch.float32, device=device)
+
+
+def noise_key(policy: Policy) -> NoiseKey | None:
+    return NoiseKey(seed=0, param_index=0) if policy.stochastic_rounding else None
 
 
 class Case:
@@ -106,7 +112,7 @@ class Case:
         self.policy = policy
         self.grad = self.param.grad
         step_bytes = round(elements * policy.bytes_per_element)
-        self.state = TensorState.of(self.moments, policy.amsgrad)
+        self.state = StateTensors.from_entries(self.moments, policy.amsgrad)
         # It does not touch a fifth tensor.
         skeleton_bytes = elements * (sum(2 * dtype.itemsize for dtype in policy.dtypes) - policy.grad.itemsize)
         self.calls: dict[str, timing.Call] = {}
@@ -139,26 +145,25 @@ class Case:
             self.errors[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
 
     def _tensor(self) -> dict[str, timing.Call]:
-        scalars = step_scalars()
-        param = self.param.detach()
-        rounding = Rounding(seed=0, stream=0) if self.policy.stochastic_rounding else None
+        param, scalars, key = self.param.detach(), step_scalars(self.param.device), noise_key(self.policy)
         return {
-            TENSOR: lambda: launch.launch_tensor(
-                param, self.grad, self.state, scalars, maximize=False, rounding=rounding
-            )
+            TENSOR: lambda: launch.launch_tensor(param, self.grad, self.state, scalars, maximize=False, noise_key=key)
         }
 
     def _table(self) -> dict[str, timing.Call]:
-        # The table that the optimizer makes for itself, so that it cannot be another one.
-        optimizer = AdamW([self.param], **peers.HYPER, **self.policy.options, foreach=True)
-        optimizer.state[self.param] = {"step": torch.tensor(0.0), **self.moments}
-        optimizer.step()
-        assert optimizer._plan is not None
-        (bucket,) = optimizer._plan.buckets
-        table, scalars = bucket.table, step_scalars()
-        if table is None:
-            raise peers.Unavailable("the plan has no table for this tensor")
-        return {TABLE: lambda: launch.launch_table(table, scalars, maximize=False)}
+        # As the optimizer makes it.
+        key = noise_key(self.policy)
+        table = launch.Table.of(
+            [self.param],
+            self.grad.dtype,
+            [self.state],
+            aligned=True,
+            noise_keys=None if key is None else [key],
+        )
+        device = self.param.device
+        grads = torch.tensor([self.grad.data_ptr()], dtype=torch.int64, device=device)
+        scalars = step_scalars(device).unsqueeze(0)
+        return {TABLE: lambda: launch.launch_table(table, grads, scalars, maximize=False)}
 
     def _fused(self) -> dict[str, timing.Call]:
         if not self.policy.is_plain:

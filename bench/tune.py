@@ -1,4 +1,4 @@
-"""Which block size, number of warps and cache hint are fastest: what launch.configuration_of comes from."""
+"""Whether another block size, number of warps or cache hint is faster than those of launch.configuration_of."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from torch import Tensor
 
 from adamw_triton import launch
 from adamw_triton.launch import Configuration
-from adamw_triton.storage import Rounding, TensorState
+from adamw_triton.storage import NoiseKey, StateTensors
 
 from . import common, peers, records, timing
 from .policies import BY_NAME as POLICIES_BY_NAME
 from .policies import Policy
 from .records import Record
-from .throughput import FREE_SHARE, can_measure, free_bytes, needed_bytes, size, size_name, step_scalars
+from .throughput import FREE_SHARE, can_measure, free_bytes, needed_bytes, noise_key, size, size_name, step_scalars
 
 DESCRIPTION = """\
 Sweeps block size, warps (and with them elements per thread) and the hint to the caches, of both kernels on scratch
 tensors, for every storage policy. Kernels are launched with each configuration, in turns; GB/s by the byte formula
-from events, L2 flushed. "chosen" marks what adamw_triton.launch uses. It only prints: configurations stay fixed in
-the source."""
+from events, L2 flushed. "chosen" marks what adamw_triton.launch uses, for reasons that its source gives; this checks
+them. It only prints: configurations stay fixed in the source."""
 
 BLOCK_SIZES = (256, 512, 1024, 2048, 4096)
 NUM_WARPS = (1, 2, 4, 8)
@@ -62,23 +62,24 @@ def configurations() -> list[Configuration]:
 def calls(
     param: Tensor,
     grad: Tensor,
-    state: TensorState,
+    state: StateTensors,
     entry: str,
     chosen: list[Configuration],
-    rounding: Rounding | None = None,
+    key: NoiseKey | None = None,
 ) -> dict[str, timing.Call]:
     """A launch of each configuration on the same tensors."""
-    scalars = step_scalars()
+    scalars = step_scalars(param.device)
+    grads = torch.tensor([grad.data_ptr()], dtype=torch.int64, device=param.device)
 
     def tensor_call(one: Configuration) -> timing.Call:
         return lambda: launch.launch_tensor(
-            param, grad, state, scalars, maximize=False, rounding=rounding, configuration=one
+            param, grad, state, scalars, maximize=False, noise_key=key, configuration=one
         )
 
     def table_call(one: Configuration) -> timing.Call:
-        roundings = None if rounding is None else [rounding]
-        table = launch.Table.of([param], [grad], [state], aligned=True, roundings=roundings, configuration=one)
-        return lambda: launch.launch_table(table, scalars, maximize=False)
+        keys = None if key is None else [key]
+        table = launch.Table.of([param], grad.dtype, [state], aligned=True, noise_keys=keys, configuration=one)
+        return lambda: launch.launch_table(table, grads, scalars.unsqueeze(0), maximize=False)
 
     make = tensor_call if entry == "tensor" else table_call
     return {name_of(one): make(one) for one in chosen}
@@ -123,10 +124,9 @@ def measure(options: argparse.Namespace) -> list[Record]:
                 continue
             (param,), (moments,) = peers.problem([(options.size,)], policy, device)
             assert param.grad is not None
-            state = TensorState.of(moments, policy.amsgrad)
-            rounding = Rounding(seed=0, stream=0) if policy.stochastic_rounding else None
+            state = StateTensors.from_entries(moments, policy.amsgrad)
             for entry in options.entry or ENTRIES:
-                made = calls(param.detach(), param.grad, state, entry, configurations(), rounding)
+                made = calls(param.detach(), param.grad, state, entry, configurations(), noise_key(policy))
                 samples = timing.device_ms(made, device, samples=options.samples, flush=flush)
                 found += rows(policy, entry, options.size, samples)
             del param, moments, state, made

@@ -2,7 +2,8 @@
 
 Master weights. The fp32 weight is split by integer arithmetic on its bits: a bf16 parameter is the high half,
 rounded half away from zero, and a remainder what is left, bits - (high << 16). With 16 bits that is exact; with 8
-the bits are first rounded to a multiple of 2^8. An fp16 parameter has its fp32 master beside it.
+the bits are first rounded to a multiple of 2^8. An fp16 parameter has its fp32 master beside it, which it is rounded
+from: where it is not, it was written by others than the step (a checkpoint, say), and is the weight to go on from.
 
 8-bit moments. GROUP_SIZE consecutive elements share one fp32 scale. exp_avg is sign * 127 sqrt(|m| / scale), scale the
 largest |m|; exp_avg_sq is 255 sqrt(sqrt(v) / scale), scale the largest sqrt(v), and at least 1: a v that is lost
@@ -47,7 +48,9 @@ def load_param(param_ptr, master_ptr, offsets, mask, DTYPE: tl.constexpr, EVICTI
     if master_ptr is None:
         param = load(param_ptr, offsets, mask, DTYPE, EVICTION)
     elif master_ptr.dtype.element_ty == tl.float32:
-        param = load(master_ptr, offsets, mask, DTYPE, EVICTION)
+        master = load(master_ptr, offsets, mask, DTYPE, EVICTION)
+        stored = tl.load(param_ptr + offsets, mask=mask, eviction_policy=EVICTION)
+        param = tl.where(master.to(stored.dtype) == stored, master, stored.to(DTYPE))
     else:
         high = tl.load(param_ptr + offsets, mask=mask, eviction_policy=EVICTION).to(tl.int16, bitcast=True)
         remainder = tl.load(master_ptr + offsets, mask=mask, eviction_policy=EVICTION)

@@ -2,7 +2,7 @@
 
 from .eight_bit import CODES, GROUP_SIZE, SCALES, decode, encode
 from .formats import Formats, StateBytes, StateTensors, StorageOptions, entry_names
-from .master_weights import follow_param, join, master_weight, split
+from .master_weights import join, master_weight, split
 from .rounding import PHILOX_ROUNDS, NoiseKey, noise, round_to_bfloat16
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "decode",
     "encode",
     "entry_names",
-    "follow_param",
     "join",
     "master_weight",
     "noise",

@@ -48,17 +48,17 @@ def nearest_remainder(param: Tensor, weight: Tensor, dtype: torch.dtype) -> Tens
 
 
 def master_weight(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
-    """Return the float32 value of a parameter with what its state adds to it; of a float64 or complex one its own."""
+    """Return the float32 value of a parameter with what its state adds to it; of a float64 or complex one its own.
+
+    A step leaves a parameter that is its float32 master rounded: where it is not, it was written by others since, and
+    is the weight itself.
+    """
     if "param_remainder" in entries:
         return join(param.detach(), entries["param_remainder"])
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return param.detach()
-    return entries.get("master_param", param.detach()).to(torch.float32)
-
-
-def follow_param(param: Tensor, master: Tensor) -> None:
-    """Take over into a float32 master what was written to its parameter by others than the step.
-
-    The step leaves a parameter that is its master rounded: where it is not, it was written since.
-    """
-    master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(torch.float32)))
+    weight = param.detach().to(torch.float32)
+    if "master_param" not in entries:
+        return weight
+    master = entries["master_param"]
+    return torch.where(master.to(param.dtype) == param, master, weight)

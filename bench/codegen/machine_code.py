@@ -15,7 +15,8 @@ accesses (AMD masks by address, so the tail is no more predicated), and of these
 *Loads* on that path are of a tensor if the address depends on the index of the thread, and uniform if not: the
 table, the scalars, factor and flag. On AMD the latter are scalar loads, which are not listed.
 
-Calls, barriers, shared memory and spills are counted in the whole kernel, its tail included.
+Calls, barriers, shared memory and spills are counted in the whole kernel, its tail included. Of the kernel that makes
+the scalars, one lane of one program for each parameter, everything is.
 
 `python -m bench.codegen.machine_code` reads variants and writes results, as one line of JSON each.
 """
@@ -55,7 +56,7 @@ from .listing import (
     shortest_path,
     split_accesses,
 )
-from .variants import NORM, TARGETS, Variant
+from .variants import NORM, SCALARS, TARGETS, Variant
 
 _NORM_TABLES = 4 + 4 + 8 + 8  # bytes of span, number, address and length
 
@@ -158,6 +159,7 @@ def compiling(target: str) -> Iterator[list[Compiled]]:
         mock.patch.object(launch, "adamw_kernel", _Warmup(launch.adamw_kernel, compiled)),
         mock.patch.object(launch, "adamw_table_kernel", _Warmup(launch.adamw_table_kernel, compiled)),
         mock.patch.object(launch, "grad_norm_kernel", _Warmup(launch.grad_norm_kernel, compiled)),
+        mock.patch.object(launch, "scalars_kernel", _Warmup(launch.scalars_kernel, compiled)),
         mock.patch.object(launch, "NUM_WARPS", 128 // TARGETS[target][2]),  # launch has that of torch's build
     ):
         yield compiled
@@ -180,14 +182,22 @@ def compile_variant(variant: Variant) -> Compiled:
     master = None if variant.master is None else DTYPES[variant.master]
     noise_key = NoiseKey(seed=1, param_index=0) if variant.stochastic else None
 
+    int64, int32 = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int32)
+    decision = GradDecision(torch.device("cpu")) if variant.control else None
+    scaler = GradScalerInputs(torch.ones(1), torch.zeros(1)) if variant.scaler else GradScalerInputs()
+
     with compiling(variant.target) as compiled:
         if variant.kernel == NORM:
-            int64, int32 = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int32)
             norm_table = launch.NormTable(int64, int32, first=0, dtype=grad, aligned=variant.aligned)
             partials = torch.zeros(2, dtype=torch.float64)
-            decision = GradDecision(torch.device("cpu")) if variant.control else None
             launch.launch_norms(
-                [norm_table], int64, partials, int32, decision, GradScalerInputs(), GradNormOptions(max_grad_norm=1.0)
+                [norm_table], int64, partials, int32, decision, scaler, GradNormOptions(max_grad_norm=1.0)
+            )
+        elif variant.kernel == SCALARS:
+            lines, single = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, len(KernelScalars._fields))
+            double = scalars if param == torch.float64 else None
+            launch.launch_scalars(
+                lines, int64, int64, single, double, decision, scaler, decided=variant.control and not variant.scaler
             )
         elif variant.kernel == "table":
             formats = Formats(param, grad, exp_avg, exp_avg_sq, master, variant.stochastic)
@@ -200,7 +210,7 @@ def compile_variant(variant: Variant) -> Compiled:
                 seed=1,
                 configuration=launch.configuration_of(*formats.dtypes),
             )
-            launch.launch_table(table, torch.zeros(1, dtype=torch.int64), scalars, **options)
+            launch.launch_table(table, int64, scalars, **options)
         else:
             state = StateTensors(
                 tensor(exp_avg),
@@ -262,6 +272,8 @@ def examine(variant: Variant) -> MachineCode:
         return _examine_norm(kernel, threads, block_size * int(launch.SPAN_BLOCKS.value) // threads, variant)
     elements = block_size // threads
     listing, resources = disassemble(kernel)
+    if variant.kernel == SCALARS:
+        return _counted(listing, listing.instructions, threads=threads, elements=elements, **resources)
     stored_bytes = elements * sum(variant.written_widths)
     return analyse(
         listing,

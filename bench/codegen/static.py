@@ -25,11 +25,10 @@ on the path of a full block, from entry to exit, prologue included, predicated o
 access widths are of that path, registers, spills and shared memory of the whole kernel. Times per 1e9 parameters are
 arithmetic, not measurements: the longest of bytes / nominal bandwidth, instructions / issue rate and special functions
 / their rate, at the rates and clocks of bench/codegen/devices.py. Budget: the instructions per element that the device
-could issue while the bytes move. Hyper-parameters are floats, tensors are aligned to 16 bytes, without maximize and
-AMP.
+could issue while the bytes move. Scalars come from memory, tensors are aligned to 16 bytes, without maximize and AMP.
 """
 PARAMETERS = 1e9
-FEATURES = ("control", "statistics", "cautious", "rows")  # flags of variants.Variant
+FEATURES = ("control", "statistics", "cautious")  # flags of variants.Variant
 FEATURED = ("fp32", "bf16-param-grad", "bf16", "bf16-master24-8bit")  # the policies that they are compiled for
 FEATURE_TARGETS = ("sm_90", "sm_100")
 NORM_DTYPES = ("fp32", "bf16", "fp16")

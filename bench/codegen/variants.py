@@ -14,8 +14,9 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
     "gfx942": ("hip", "gfx942", 64),
 }
 KERNELS = ("tensor", "table")
-NORM = "norm"  # kernel of the gradient norm, of which only the gradient's dtype and `control` matter
-FLAGS = ("amsgrad", "maximize", "control", "statistics", "cautious", "stochastic")
+NORM = "norm"  # kernel of the gradient norm, of which only the gradient's dtype, `control` and `scaler` matter
+SCALARS = "scalars"  # kernel of step counts and scalars, of which only the parameter's dtype and the same matter
+FLAGS = ("amsgrad", "maximize", "control", "scaler", "statistics", "cautious", "stochastic")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Variant:
     amsgrad: bool = False
     maximize: bool = False
     control: bool = False  # factor and flag in memory: clipping, unscaling, skipping
+    scaler: bool = False  # what GradScaler leaves is read, to write factor and flag
     statistics: bool = False  # sums of squares of update and parameter
     cautious: bool = False
     aligned: bool = True  # all tensors to 16 bytes

@@ -3,11 +3,10 @@
 import pytest
 import torch
 from helpers import bits
+from pairs import CLOSE, OPTIONS, Pair, assert_same, contents, set_grads, twins
 from torch import nn
 
 from adamw_triton import AdamW, adamw_, launch
-
-OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
 
 
 def test_only_fused_announces_support():
@@ -17,10 +16,8 @@ def test_only_fused_announces_support():
     assert not getattr(AdamW(params, fused=False), "_step_supports_amp_scaling", False)
 
 
-def models(device, dtype=torch.float32):
-    for _ in range(2):
-        torch.manual_seed(5)
-        yield nn.Sequential(nn.Linear(9, 40), nn.ReLU(), nn.Linear(40, 3)).to(device, dtype)
+def net(device, dtype=torch.float32):
+    return nn.Sequential(nn.Linear(9, 40), nn.ReLU(), nn.Linear(40, 3)).to(device, dtype)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -28,7 +25,7 @@ def models(device, dtype=torch.float32):
 @pytest.mark.parametrize("foreach", [True, False])
 def test_with_grad_scaler(fused, unscale, foreach, device, path):
     """Against torch's loop with a scaler of its own, with overflows and clipping now and then."""
-    ours, theirs = models(device)
+    ours, theirs = twins(lambda: net(device))
     mine = AdamW(ours.parameters(), fused=fused, foreach=foreach, **OPTIONS)
     reference = torch.optim.AdamW(theirs.parameters(), foreach=False, **OPTIONS)
     scalers = [torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=2) for _ in range(2)]
@@ -47,7 +44,7 @@ def test_with_grad_scaler(fused, unscale, foreach, device, path):
             scaler.update()
             if optimizer is mine and fused:
                 assert all(map(torch.equal, saved, [bits(p.grad) for p in model.parameters()]))
-        torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=3e-6, atol=3e-7)
+        torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), **CLOSE)
         assert scalers[0].get_scale() == scalers[1].get_scale()
     for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert float(mine.state[p]["step"]) == float(reference.state[q]["step"]) == 5
@@ -57,52 +54,59 @@ def test_with_grad_scaler(fused, unscale, foreach, device, path):
 
 @pytest.mark.parametrize("foreach", [True, False])
 def test_a_skipped_step_leaves_every_byte(foreach, device, path):
-    ours, _ = models(device, torch.bfloat16)
-    optimizer = AdamW(ours.parameters(), fused=True, amsgrad=True, foreach=foreach, **OPTIONS)
-    for p in ours.parameters():
-        p.grad = torch.randn_like(p)
+    params = list(net(device, torch.bfloat16).parameters())
+    optimizer = AdamW(params, fused=True, amsgrad=True, foreach=foreach, **OPTIONS)
+    set_grads(params)
     optimizer.found_inf = torch.zeros(1, device=device)
     optimizer.grad_scale = torch.full((1,), 4.0, device=device)
     optimizer.step()
-    before = [bits(t) for p in ours.parameters() for t in (p, *optimizer.state[p].values())]
+    before = contents(optimizer)
     optimizer.found_inf.fill_(1.0)
-    for p in ours.parameters():
+    for p in params:
         p.grad.fill_(float("nan"))
     optimizer.step()
-    after = [bits(t) for p in ours.parameters() for t in (p, *optimizer.state[p].values())]
-    assert all(map(torch.equal, before, after))
-    assert {float(optimizer.state[p]["step"]) for p in ours.parameters()} == {1.0}
+    assert_same(before, optimizer)
+    assert {float(optimizer.state[p]["step"]) for p in params} == {1.0}
 
 
 def test_skipping_at_the_very_first_step_and_going_on_without_a_scaler(device, path):
-    ours, theirs = models(device)
-    mine = AdamW(ours.parameters(), fused=True, **OPTIONS)
-    reference = torch.optim.AdamW(theirs.parameters(), foreach=False, **OPTIONS)
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
-        p.grad = torch.randn_like(p)
-        q.grad = p.grad.clone()
-    mine.found_inf = torch.ones(1, device=device)
+    pair = Pair(net(device).parameters(), fused=True, **OPTIONS)
+    pair.set_grads()
+    pair.mine.found_inf = torch.ones(1, device=device)
     for _ in range(2):
-        mine.step()
-    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=0, atol=0)
-    del mine.found_inf
+        pair.mine.step()
+    pair.assert_close(rtol=0, atol=0)
+    del pair.mine.found_inf
     for _ in range(3):
-        mine.step()
-        reference.step()
-    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=2e-6, atol=2e-7)
+        pair.step()
+    assert {float(pair.mine.state[p]["step"]) for p in pair.ours} == {3.0}
+
+
+def test_a_scaler_that_comes_and_goes(device, path):
+    """One that only scales, one that only says what it found, both, none."""
+    pair = Pair(net(device).parameters(), fused=True, **OPTIONS)
+    for scale, found_inf in ((None, None), (8.0, None), (None, 0.0), (0.5, 0.0), (None, None), (8.0, 0.0)):
+        pair.set_grads()
+        for name, value in (("grad_scale", scale), ("found_inf", found_inf)):
+            setattr(pair.mine, name, None if value is None else torch.full((1,), value, device=device))
+        for p in pair.ours:
+            p.grad.mul_(scale or 1.0)
+        pair.mine.step()
+        pair.reference.step()
+        pair.assert_close()
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="counts the reads of a CPU tensor")
 def test_the_kernels_skip_without_asking(device, monkeypatch):
     """No value is read on the host once a plan stands: that would be a synchronisation on a GPU."""
-    ours, _ = models(device)
-    optimizer = AdamW(ours.parameters(), fused=True, **OPTIONS)
+    params = list(net(device).parameters())
+    optimizer = AdamW(params, fused=True, **OPTIONS)
     optimizer.found_inf = torch.zeros(1, device=device)
     optimizer.grad_scale = torch.full((1,), 4.0, device=device)
-    for p in ours.parameters():
-        p.grad = torch.randn_like(p)
+    set_grads(params)
     optimizer.step()
-    monkeypatch.setattr(launch, "launch_table", lambda *args, **options: None)
+    for name in ("launch_table", "launch_scalars"):
+        monkeypatch.setattr(launch, name, lambda *args, **options: None)
 
     def fail(self, *args):
         raise AssertionError("a tensor was read on the host")

@@ -92,8 +92,8 @@ def test_the_counter_goes_on_while_only_another_device_steps(device, path):
 @pytest.mark.parametrize("options", [{"max_grad_norm": 0.5}, {"skip_nonfinite": True}, {"statistics": True}], ids=str)
 @pytest.mark.parametrize("devices", [("cuda:0", "cuda:1"), ("cpu", "cuda:0"), ("cuda:1", "cpu")], ids=str)
 def test_fake_devices(options, devices, path):
-    with FakeTensorMode():
-        # Autograd has no part in it: it knows no fake GPU where torch is built without CUDA.
+    # Autograd has no part in it: it knows no fake GPU where torch is built without CUDA.
+    with FakeTensorMode(), torch._C._AutoDispatchBelowAutograd():
         params = [torch.randn(1030, device=d) for d in devices for _ in range(2)]
         optimizer = AdamW(params, **options)
         names = {"statistics": ["update_norm", "param_norm"]}.get(next(iter(options)), ["grad_norm"])

@@ -5,7 +5,7 @@ import io
 
 import pytest
 import torch
-from test_optimizer import assert_same, make_model, set_grads
+from models import assert_same, make_model, set_grads
 from torch import nn
 
 from adamw_triton import AdamW

@@ -76,16 +76,22 @@ BAD_PARAMS = [
 
 
 @pytest.mark.parametrize(("make", "error", "message"), BAD_PARAMS, ids=lambda x: x if isinstance(x, str) else "")
-def test_parameters(make, error, message):
+def test_parameters(make, error, message, path):
+    """They may be listed, as in torch, and are refused when they have a gradient."""
+    good, bad = param(), make()
+    optimizer = AdamW([good])
+    optimizer.add_param_group({"params": [bad]})
+    for _ in range(2):
+        good.grad = torch.ones(3)
+        optimizer.step()
+    bad.grad = torch.zeros(bad.shape, dtype=bad.dtype)
+    before = good.detach().clone()
     with pytest.raises(error, match=message):
-        AdamW([make()])
-    optimizer = AdamW([param()])
+        optimizer.step()
+    assert torch.equal(good, before) and optimizer.state[good]["step"] == 2
+    assert not optimizer.state.get(bad)
     with pytest.raises(error, match=message):
-        optimizer.add_param_group({"params": [make()]})
-    assert len(optimizer.param_groups) == 1
-    bad = make().detach()
-    with pytest.raises(error, match=message):
-        adamw_(bad, *(torch.zeros(bad.shape) for _ in range(3)), step=1, lr=0.1)
+        adamw_(make().detach(), *(torch.zeros(bad.shape) for _ in range(3)), step=1, lr=0.1)
 
 
 def test_what_torch_refuses_at_construction():

@@ -218,14 +218,11 @@ def repointed(*names):
     return event
 
 
-def replaced(*names):
-    def event(state, discarded):
-        for name in names or [name for name in state if name != "step"]:
-            old = state[name]
-            state[name] = old.clone()
-            discarded.add(old)
-
-    return event
+def replace_all(state, discarded):
+    for name in [name for name in state if name != "step"]:
+        old = state[name]
+        state[name] = old.clone()
+        discarded.add(old)
 
 
 def other_values(name):
@@ -250,9 +247,8 @@ STATE_EVENTS = [
     for title, (dtype, options, names) in STORED.items()
     for what, event in [
         ("all repointed", repointed()),
-        ("all replaced", replaced()),
+        ("all replaced", replace_all),
         *[(f"{name} repointed", repointed(name)) for name in names],
-        *[(f"{name} replaced", replaced(name)) for name in names],
         *[(f"{name} of other values", other_values(name)) for name in names if name != "master_param"],
     ]
 ]

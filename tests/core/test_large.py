@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from helpers import Guarded, assert_step, random_state
+from helpers import Guarded, assert_step, random_state, scalars_row
 
 from adamw_triton import launch, storage
-from adamw_triton.functional import step_tensor_reference
-from adamw_triton.scalars import Hyper, host_scalars
-from adamw_triton.storage import Rounding, Storage, TensorState
+from adamw_triton.functional import step_tensor_eager
+from adamw_triton.hyperparams import Hyperparams
+from adamw_triton.storage import Formats, NoiseKey, StateTensors
 
 OPTIONS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
-HYPER = Hyper.of(OPTIONS)
+HYPER = Hyperparams.from_group(OPTIONS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -26,15 +26,15 @@ def test_last_blocks_of_a_large_tensor(dtype, far, device):
     first = far // size
     table = launch.Table(
         tensors=torch.tensor([[far + tensors[0].numel(), param, exp_avg, exp_avg_sq]], device=device),
-        grads=torch.tensor([grad], device=device),
         chunks=torch.tensor([[0, first], [0, first + 1], [0, first + 2]], dtype=torch.int32, device=device),
-        storage=Storage(*(dtype,) * 4),
+        formats=Formats(*(dtype,) * 4),
         amsgrad=False,
         aligned=True,
         seed=0,
         configuration=configuration,
     )
-    launch.launch_table(table, host_scalars(HYPER, 5), maximize=False)
+    grads = torch.tensor([grad], device=device)
+    launch.launch_table(table, grads, scalars_row(HYPER, 5, device), maximize=False)
     guard.assert_untouched()
     assert_step(before, tensors, step=5, **OPTIONS)
 
@@ -43,33 +43,33 @@ def test_last_blocks_of_a_large_tensor(dtype, far, device):
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_last_blocks_of_a_large_tensor_with_coded_state(stochastic, far, device):
     """The same with scales and random bits, whose indices count from the beginning; the reference has an offset."""
-    rounding = Rounding(seed=5, stream=3, element_offset=far) if stochastic else None
+    noise_key = NoiseKey(seed=5, param_index=3, element_offset=far) if stochastic else None
     n = 2 * 1024 + 77
     param, grad, m = (torch.randn(n, device=device) for _ in range(3))
     states = []
     for _ in range(2):
         (exp_avg, m_scale), (exp_avg_sq, v_scale) = storage.encode("exp_avg", m), storage.encode("exp_avg_sq", m * m)
         remainder = torch.zeros(n, dtype=torch.int8, device=device)
-        states.append((param.bfloat16(), TensorState(exp_avg, exp_avg_sq, None, remainder, m_scale, v_scale)))
+        states.append((param.bfloat16(), StateTensors(exp_avg, exp_avg_sq, None, remainder, m_scale, v_scale)))
     (ours, state), (theirs, other) = states
     grad = grad.bfloat16()
-    used = Storage.of(ours, grad, state, stochastic=stochastic)
-    sizes = [far * t.nbytes // n if t.numel() == n else far // 128 * 4 for t in state.tensors]
-    addresses = [t.data_ptr() - size for t, size in zip(state.tensors, sizes, strict=True)]
-    row = [far + n, ours.data_ptr() - 2 * far, *addresses, *([rounding.stream] if rounding else [])]
+    used = Formats.of(ours, grad.dtype, state, stochastic=stochastic)
+    sizes = [far * t.nbytes // n if t.numel() == n else far // 128 * 4 for t in state.present]
+    addresses = [t.data_ptr() - size for t, size in zip(state.present, sizes, strict=True)]
+    row = [far + n, ours.data_ptr() - 2 * far, *addresses, *([noise_key.param_index] if noise_key else [])]
     first = far // 1024
     table = launch.Table(
         tensors=torch.tensor([row], device=device),
-        grads=torch.tensor([grad.data_ptr() - 2 * far], device=device),
         chunks=torch.tensor([[0, first + i] for i in range(3)], dtype=torch.int32, device=device),
-        storage=used,
+        formats=used,
         amsgrad=False,
         aligned=True,
         seed=5,
         configuration=launch.configuration_of(*used.dtypes),
     )
-    launch.launch_table(table, host_scalars(HYPER, 5), maximize=False)
-    step_tensor_reference(theirs, grad, other, HYPER, 5.0, maximize=False, rounding=rounding)
+    grads = torch.tensor([grad.data_ptr() - 2 * far], device=device)
+    launch.launch_table(table, grads, scalars_row(HYPER, 5, device), maximize=False)
+    step_tensor_eager(theirs, grad, other, HYPER, 5.0, maximize=False, noise_key=noise_key)
     weights = storage.join(ours, state.master), storage.join(theirs, other.master)
     torch.testing.assert_close(*weights, rtol=2.0**-15, atol=1e-6)
     if not stochastic:

@@ -6,7 +6,7 @@ from helpers import allow_any_grad_dtype, bits
 from torch import nn
 
 from adamw_triton import AdamW, adamw_
-from adamw_triton.layout import is_dense, overlaps_itself, same_strides
+from adamw_triton.strides import is_dense, overlaps_itself, same_strides
 
 OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
 

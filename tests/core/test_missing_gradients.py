@@ -77,13 +77,16 @@ def content(optimizer, params):
     return found
 
 
-@pytest.mark.parametrize("groups", ["one group", "two groups"])
-@pytest.mark.parametrize("foreach", [None, True, False])
+@pytest.mark.parametrize(
+    ("foreach", "n_groups"),
+    [(None, 1), (True, 2), (False, 2)],
+    ids=["one group", "foreach, 2 groups", "each, 2 groups"],
+)
 @pytest.mark.parametrize("name", PATTERNS)
-def test_as_torch(name, foreach, groups, device, path):
+def test_as_torch(name, foreach, n_groups, device, path):
     ours = make_params(device)
     theirs = clones(ours)
-    ours_grouped, theirs_grouped = (ours, theirs) if groups == "one group" else map(split_groups, (ours, theirs))
+    ours_grouped, theirs_grouped = (ours, theirs) if n_groups == 1 else map(split_groups, (ours, theirs))
     optimizer = AdamW(ours_grouped, foreach=foreach, **OPTIONS)
     reference = torch.optim.AdamW(theirs_grouped, foreach=False, **OPTIONS)
     for present in PATTERNS[name]:
@@ -99,7 +102,9 @@ def test_options_as_torch(options, foreach, device, path):
     ours = make_params(device)
     theirs = clones(ours)
     optimizer = AdamW(ours, foreach=foreach, **options)
-    reference = torch.optim.AdamW(theirs, foreach=False, **{k: float(v) if k == "lr" else v for k, v in options.items()})
+    reference = torch.optim.AdamW(
+        theirs, foreach=False, **{k: float(v) if k == "lr" else v for k, v in options.items()}
+    )
     for present in PATTERNS["random"]:
         give_gradients(present, ours, theirs)
         optimizer.step()
@@ -204,7 +209,7 @@ def test_skipping(name, foreach, device, path):
         for p, q in zip(ours, theirs, strict=True):
             tolerance = {"rtol": 5e-6, "atol": 1e-6}
             torch.testing.assert_close(p, q, **tolerance)
-            count = optimizer.state[p]["step"] if p in optimizer.state and optimizer.state[p] else 0
+            count = optimizer.state[p]["step"] if optimizer.state.get(p) else 0
             assert count == (reference.state[q]["step"] if q in reference.state else 0)
     assert skipped > 1
 
@@ -263,9 +268,7 @@ def test_memory_of_a_gradient_that_is_gone_is_not_read(foreach, options, device,
     optimizer, reference = (AdamW(params, foreach=foreach, **options, **OPTIONS) for params in (ours, theirs))
     kept = []
     for present in PATTERNS["random"]:
-        for p in ours:
-            if p.grad is not None:
-                kept.append(p.grad)
+        kept += [p.grad for p in ours if p.grad is not None]
         give_gradients(present, ours, theirs)
         for gone in kept:
             gone.fill_(torch.nan)

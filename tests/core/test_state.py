@@ -1,4 +1,4 @@
-"""`optimizer.state` behaves as any optimizer's, and every way to replace an entry of it outdates the plan."""
+"""`optimizer.state` behaves as any optimizer's, and every way to replace an entry of it is noticed."""
 
 import copy
 import io
@@ -104,16 +104,6 @@ def test_state_for_a_parameter_without_any(device):
     assert optimizer.state[fresh] == {"note": 1}
 
 
-def test_a_step_that_changes_no_entry_keeps_the_plan(device):
-    _params, optimizer = stepped(device)
-    known = optimizer._plan
-    for _ in range(3):
-        for state in optimizer.state.values():  # reading is no change
-            dict(state), state["exp_avg"].sum(), list(state.items()), state.get("nothing")
-        optimizer.step()
-        assert optimizer._plan is known
-
-
 @pytest.mark.parametrize("convert", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
 def test_copies_are_plain(convert, device):
     params, optimizer = stepped(device)
@@ -121,7 +111,7 @@ def test_copies_are_plain(convert, device):
     assert type(copied) is defaultdict and copied.default_factory is dict and len(copied) == 3
     assert type(convert(optimizer.state[params[0]])) is dict
     copied = copy.deepcopy(optimizer)
-    assert copied.state is not optimizer.state and copied.state.changes is not optimizer.state.changes
+    assert copied.state is not optimizer.state
 
 
 def test_state_dicts_are_plain_and_load_as_weights_only(device):
