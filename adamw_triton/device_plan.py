@@ -32,7 +32,7 @@ class Members(NamedTuple):
     grad_addresses: list[int]
 
     def part(self, span: slice) -> Members:
-        return Members(*(column[span] for column in self))
+        return Members(self.params[span], self.grads[span], self.entries[span], self.grad_addresses[span])
 
 
 class DevicePlan:
@@ -134,7 +134,7 @@ class DevicePlan:
             members: of this device, whose gradients `write_inputs` has told.
             decision: what the step is subject to, on this device: `decided` already, or to be made from `scaler`.
         """
-        params, grads, all_entries, _ = members
+        params, grads, all_entries, addresses = members
         self._counts.advance(self._grads, self._hyperparams, decision, scaler.to(self.device), decided=decided)
         values = None if decision is None else decision.values
         launched = 0
@@ -147,8 +147,10 @@ class DevicePlan:
             if launched < len(params):
                 self._take_back(members.part(slice(launched, None)), values)
             # Autograd does not see what a kernel writes.
-            stepped = [p for p, g in zip(params[:launched], grads, strict=False) if g is not None]
-            torch.autograd.graph.increment_version(stepped)
+            all_stepped = launched == len(params) and 0 not in addresses
+            if not all_stepped:
+                params = [p for p, g in zip(params[:launched], grads, strict=False) if g is not None]
+            torch.autograd.graph.increment_version(params)
 
     @staticmethod
     def _take_back(members: Members, decision: Tensor | None) -> None:

@@ -21,9 +21,10 @@ try:
 except ImportError:  # triton is published for Linux only; the reference runs elsewhere
     triton = None
 else:
-    from .kernels.adamw import STATISTICS_ROWS, adamw_kernel, adamw_table_kernel
+    from .kernels.adamw import adamw_kernel, adamw_table_kernel
     from .kernels.grad_norm import SPAN_BLOCKS, grad_norm_kernel
     from .kernels.scalars import scalars_kernel
+    from .kernels.statistics import STATISTICS_ROWS
 
 # With TRITON_INTERPRET=1 set before this import, kernels run through NumPy, on CPU tensors too.
 INTERPRETED = triton is not None and not isinstance(adamw_kernel, triton.JITFunction)

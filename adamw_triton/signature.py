@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter, or_
 from typing import Any
 
 from torch import Tensor
@@ -38,7 +39,7 @@ class Signature:
         self,
         options: Any,
         n_params: int,
-        order: Sequence[int],
+        order: list[int],
         spans: Sequence[tuple[slice, Sequence[str]]],
         params: Sequence[Tensor],
         entries: Sequence[Mapping[str, Any]],
@@ -46,6 +47,7 @@ class Signature:
         aligned: Sequence[bool],
     ) -> None:
         self._options, self._n_params, self._order, self._spans = options, n_params, order, spans
+        self._in_order = order == list(range(n_params))
         self._n_entries = list(map(len, entries))
         tensors = self._tensors(params, entries)
         self._addresses = list(map(Tensor.data_ptr, tensors))
@@ -53,11 +55,12 @@ class Signature:
         self._grad_layouts = list(grad_layouts)
         self._grad_guards: Any = None  # made when all gradients are there
         self._aligned = aligned
+        self._checked: list[int] = []  # addresses of gradients that were found to be aligned
         self._empty = [i for i, param in enumerate(params) if param.numel() == 0]
         self.with_gaps = [i for i, of in enumerate(grad_layouts) if not fill_memory(of.shape, of.stride)]
 
     def read(
-        self, options: Any, params: Sequence[Tensor], grads: Sequence[Tensor | None], state: Mapping[Any, Any]
+        self, options: Any, params: list[Tensor], grads: list[Tensor | None], state: Mapping[Any, Any]
     ) -> Members | None:
         """Return what a step reads anew, or None if the plan is outdated.
 
@@ -67,9 +70,11 @@ class Signature:
         """
         if options != self._options or len(params) != self._n_params:
             return None
-        its_params = [params[i] for i in self._order]
-        its_grads = [grads[i] for i in self._order]
-        entries = list(map(state.get, its_params))
+        its_params = params if self._in_order else [params[i] for i in self._order]
+        its_grads = grads if self._in_order else [grads[i] for i in self._order]
+        # A state in the plan's order is read without hashing its keys.
+        same_order = len(state) == len(its_params) and all(map(is_, state, its_params))
+        entries: list[Any] = list(state.values()) if same_order else list(map(state.get, its_params))
         try:
             tensors = self._tensors(its_params, entries)
             unchanged = (
@@ -105,14 +110,14 @@ class Signature:
         for i in self._empty:
             if grads[i] is not None:
                 addresses[i] = NO_ELEMENTS
-        if any(map((ALIGNMENT - 1).__and__, addresses)) and not self._fit_alignment(addresses):
-            return None
+        if addresses != self._checked:
+            if reduce(or_, addresses, 0) % ALIGNMENT and not self._fit_alignment(addresses):
+                return None
+            self._checked = addresses
         return addresses
 
     def _fit_alignment(self, addresses: Sequence[int]) -> bool:
-        return not any(
-            aligned and address % ALIGNMENT for aligned, address in zip(self._aligned, addresses, strict=True)
-        )
+        return not any(must and address % ALIGNMENT for must, address in zip(self._aligned, addresses, strict=True))
 
 
 def _grad_layouts(grads: Sequence[Tensor]) -> list[tuple[Any, ...]]:
@@ -128,8 +133,8 @@ def _guards(tensors: Sequence[Tensor]) -> Any:
 
         return TensorGuards(
             *tensors,
-            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],
-            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],
+            dynamic_dims_sizes=[list(tensor.shape) for tensor in tensors],  # type: ignore[misc]
+            dynamic_dims_strides=[list(tensor.stride()) for tensor in tensors],  # type: ignore[misc]
         )
     except (ImportError, TypeError, RuntimeError, SystemError):
         return _Layouts(tensors)

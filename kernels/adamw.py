@@ -29,54 +29,8 @@ import triton
 import triton.language as tl
 
 from . import storage
-
-STATISTICS_ROWS: tl.constexpr = tl.constexpr(16)  # of eight threads each, of 128
-
-
-@triton.jit
-def _sqrt(x, APPROXIMATE: tl.constexpr):
-    """Square root of x >= 0 to about half an ulp; 0, inf and NaN map to themselves.
-
-    Approximate: to two ulp from 2^-126 on, and NaN of inf.
-    """
-    if x.dtype == tl.float64:
-        root = tl.sqrt(x)
-    elif APPROXIMATE:
-        root = x * tl.rsqrt(tl.maximum(x, 1.1754943508222875e-38, propagate_nan=tl.PropagateNan.ALL))
-    else:
-        # tl.sqrt is off by up to an ulp and flushes denormals; tl.sqrt_rn branches to a subroutine. One
-        # Newton step on the reciprocal root does neither. 2^±100 keeps its residual in the normal range.
-        tiny = x < 7.888609052210118e-31
-        scaled = tl.where(tiny, x * 1.2676506002282294e30, x)
-        rsqrt = tl.rsqrt(scaled)
-        root = scaled * rsqrt
-        # `* -1.0`: unary minus is 0 - x, an instruction; this is an operand's sign bit.
-        root = tl.fma(tl.fma(root * -1.0, root, scaled), 0.5 * rsqrt, root)
-        root = tl.where(root == root, root, scaled)  # 0 * inf at both ends of the range
-        root = tl.where(tiny, root * 8.881784197001252e-16, root)
-    return root
-
-
-@triton.jit
-def _divide(numerator, denominator, APPROXIMATE: tl.constexpr):
-    """numerator / denominator to about half an ulp, for denominator = sqrt(fp32) * c + eps >= 0.
-
-    Such a denominator is 0, infinite or far from the ends of fp32's range, so that squaring its
-    reciprocal root is a reciprocal that needs no scaling, unlike tl's `/`, and no subroutine, unlike
-    tl.div_rn. Approximate: to three ulp.
-    """
-    if denominator.dtype == tl.float64:
-        quotient = numerator / denominator
-    else:
-        rsqrt = tl.rsqrt(denominator)
-        reciprocal = rsqrt * rsqrt
-        quotient = numerator * reciprocal
-        if not APPROXIMATE:
-            estimate = quotient
-            residual = tl.fma(denominator * -1.0, estimate, numerator)
-            quotient = tl.fma(residual, reciprocal, estimate)
-            quotient = tl.where(quotient == quotient, quotient, estimate)  # denominator 0 or inf
-    return quotient
+from .arithmetic import divide, sqrt
+from .statistics import statistics_of_program, store_no_statistics, store_statistics
 
 
 @triton.jit
@@ -105,45 +59,13 @@ def _adamw_update(
     if AMSGRAD:
         max_exp_avg_sq = tl.maximum(max_exp_avg_sq, exp_avg_sq, propagate_nan=tl.PropagateNan.ALL)
         second_moment = max_exp_avg_sq
-    root = _sqrt(second_moment, APPROXIMATE)
+    root = sqrt(second_moment, APPROXIMATE)
     denominator = tl.fma(root, inv_bias_correction2_sqrt, eps)
-    update = _divide(exp_avg, denominator, APPROXIMATE)
+    update = divide(exp_avg, denominator, APPROXIMATE)
     if CAUTIOUS:
         decay = tl.where(update * param >= 0.0, decay, 1.0)
     param = tl.fma(update, neg_step_size, param * decay)
     return param, exp_avg, exp_avg_sq, max_exp_avg_sq, root
-
-
-@triton.jit
-def _row_sums(value, mask, FOLD: tl.constexpr):
-    """Sums of squares of rows of FOLD elements, to which the others of the block are added; given to each element."""
-    ROWS: tl.constexpr = STATISTICS_ROWS
-    if mask is not None:
-        value = tl.where(mask, value, 0.0)
-    squares = tl.sum(tl.reshape(value * value, (value.shape[0] // FOLD, FOLD)), axis=0)
-    sums = tl.expand_dims(tl.sum(tl.reshape(squares, (ROWS, FOLD // ROWS)), axis=1), 1)
-    return tl.reshape(tl.broadcast_to(sums, (ROWS, FOLD // ROWS)), (FOLD,)).to(tl.float32)
-
-
-@triton.jit
-def _store_statistics(statistics_ptr, change, param, mask, WIDTH: tl.constexpr):
-    """Store sums of squares of both, twice in each row.
-
-    A thread has WIDTH consecutive elements: what those of the first thread of a row store are the 16 bytes that it
-    writes, so that nothing moves between threads but sums within a row. Eight elements are halves of the numbers then.
-    """
-    FOLD: tl.constexpr = 128 * WIDTH
-    index = tl.arange(0, FOLD)
-    changes, params = _row_sums(change, mask, FOLD), _row_sums(param, mask, FOLD)
-    if WIDTH == 8:
-        bits = tl.where(index % 4 < 2, changes, params).to(tl.int32, bitcast=True)
-        stored = tl.where(index % 2 == 0, bits, bits >> 16).to(tl.int16)
-        statistics_ptr = statistics_ptr.to(tl.pointer_type(tl.int16))
-    else:
-        stored = tl.where(index % 2 == 0, changes, params)
-    ROW_SIZE: tl.constexpr = FOLD // STATISTICS_ROWS
-    ptrs = statistics_ptr + index // ROW_SIZE * WIDTH + index % WIDTH
-    tl.store(ptrs, stored, mask=index % ROW_SIZE < WIDTH)
 
 
 @triton.jit
@@ -186,7 +108,7 @@ def _step_elements(
             | exp_avg_sq_ptr.dtype.element_ty.primitive_bitwidth
             | (0 if master_ptr is None else master_ptr.dtype.element_ty.primitive_bitwidth)
         )
-        _store_statistics(statistics_ptr, param - old_param, param, mask, 4 if BITS >= 32 else 8)
+        store_statistics(statistics_ptr, param - old_param, param, mask, 4 if BITS >= 32 else 8)
     noise = (None, None, None)
     if ROUNDING != "nearest":
         seed, stream, element_offset = rounding
@@ -221,21 +143,6 @@ def _load_scalars(scalars_ptr):
         tl.load(scalars_ptr + 6),
         tl.load(scalars_ptr + 7),
     )
-
-
-@triton.jit
-def _store_no_statistics(statistics_ptr, control_ptr):
-    """Store zeros as this program's sums, unless the step is skipped."""
-    if control_ptr is not None:
-        if tl.load(control_ptr + 1) != 0.0:
-            return
-    index = tl.arange(0, STATISTICS_ROWS * 4)
-    tl.store(_statistics_of_program(statistics_ptr) + index, tl.zeros((STATISTICS_ROWS * 4,), tl.float32))
-
-
-@triton.jit
-def _statistics_of_program(statistics_ptr):
-    return statistics_ptr + tl.program_id(0).to(tl.int64) * (STATISTICS_ROWS * 4)
 
 
 @triton.jit
@@ -277,7 +184,7 @@ def _step_block(
     if master_ptr is not None:
         master_ptr += start
     if statistics_ptr is not None:
-        statistics_ptr = _statistics_of_program(statistics_ptr)
+        statistics_ptr = statistics_of_program(statistics_ptr)
     if m_scale_ptr is not None:
         m_scale_ptr += start // storage.GROUP_SIZE
     if v_scale_ptr is not None:
@@ -429,7 +336,7 @@ def adamw_table_kernel(
     tensor = tl.load(chunk_ptr)
     if tl.load(grads_ptr + tensor) == 0:
         if statistics_ptr is not None:
-            _store_no_statistics(statistics_ptr, control_ptr)
+            store_no_statistics(statistics_ptr, control_ptr)
         return
     row_ptr = tensors_ptr + tensor * COLUMNS
     if AMSGRAD:
