@@ -166,6 +166,7 @@ class AdamW(Optimizer):
 
     def _reset(self) -> None:
         """Begin without plans, decisions and counters."""
+        _exclude_from_compilation()
         self._plans = [Plan()]
         self._decisions: dict[torch.device, GradDecision] = {}
 
@@ -217,7 +218,6 @@ class AdamW(Optimizer):
         self._update()
         return loss
 
-    @torch.compiler.disable(reason="AdamW's step is one kernel already: there is nothing in it to compile")
     @torch.no_grad()
     def _update(self) -> None:
         self._plans[0].step(self.param_groups, self.state, self._step_inputs())
@@ -372,6 +372,13 @@ class AdamW(Optimizer):
 
     def _announce_amp_support(self) -> None:
         self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
+
+
+def _exclude_from_compilation() -> None:
+    """Have torch.compile leave the step alone: it is one kernel already."""
+    if not getattr(AdamW._update, "_torchdynamo_disable", False):  # not on import, since that imports the compiler
+        reason = "AdamW's step is one kernel already: there is nothing in it to compile"
+        AdamW._update = torch.compiler.disable(AdamW._update, reason=reason)  # type: ignore[method-assign]
 
 
 def _refuse_seed(seed: int) -> None:

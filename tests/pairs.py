@@ -59,6 +59,25 @@ def assert_same(one, other):
     assert not differences(one, other)
 
 
+def norm_options(optimizer):
+    return optimizer.max_grad_norm, optimizer.skip_nonfinite, optimizer.skip_grad_norm_above
+
+
+def by_hand(reference, norm_options):
+    """Step as a training loop does with torch alone. Returns the norm, and whether the step was skipped."""
+    max_grad_norm, skip_nonfinite, skip_above = norm_options
+    params = [p for group in reference.param_groups for p in group["params"]]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    if (skip_nonfinite or skip_above is not None) and not norm.isfinite():
+        return norm, True
+    if skip_above is not None and norm > skip_above:
+        return norm, True
+    if max_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
+    reference.step()
+    return norm, False
+
+
 class Pair:
     """Our optimizer and another on copies of its parameters.
 

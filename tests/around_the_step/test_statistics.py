@@ -18,12 +18,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import QUANTUM, UNIT, Guarded, allow_any_grad_dtype, bits, exact, oracle, storage_units
+from helpers import QUANTUM, UNIT, Guarded, allow_any_grad_dtype, bits, exact, oracle, scalars_row, storage_units
+from pairs import Pair, assert_same, set_grads
 from torch import nn
 
 from adamw_triton import AdamW, launch, storage
-from adamw_triton.scalars import Hyper, host_scalars
-from adamw_triton.storage import TensorState
+from adamw_triton.hyperparams import Hyperparams
+from adamw_triton.storage import StateTensors
 from bench.policies import POLICIES
 
 OPTIONS = {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
@@ -112,10 +113,6 @@ def assert_both(optimizer, before):
     assert abs(optimizer.param_norm.item() - norm(after)) <= SUMS * norm(after)
 
 
-def everything(params, optimizer):
-    return [bits(t).clone() for p in params for t in (p, *optimizer.state[p].values())]
-
-
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_norms_and_an_update_of_the_same_bits(policy, foreach, device, path):
@@ -140,14 +137,14 @@ def test_norms_and_an_update_of_the_same_bits(policy, foreach, device, path):
         plain.step()
         assert_statistics(optimizer, before, known, [p.grad for p in params], step, policy)
         assert plain.update_norm is None and plain.param_norm is None
-        assert all(map(torch.equal, everything(params, optimizer), everything(twins, plain)))
+        assert_same(optimizer, plain)
 
 
 DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 @pytest.mark.parametrize("foreach", [True, False, None])
-def test_several_buckets(foreach, device, path):
+def test_of_several_launches(foreach, device, path):
     """Dtypes, groups, step counts, alignment and layouts; together one norm."""
     shapes = [(), (3,), (33, 40), (0,)]
     params = [nn.Parameter(torch.randn(s, dtype=d, device=device)) for d, s in itertools.product(DTYPES, shapes)]
@@ -161,12 +158,10 @@ def test_several_buckets(foreach, device, path):
         p.grad = torch.randn_like(p)
     optimizer.step()
     for _ in range(3):
-        for p in params:
-            p.grad = torch.randn_like(p)
+        set_grads(params)
         before = masters(optimizer)
         optimizer.step()
         assert_both(optimizer, before)
-    assert len(optimizer._plan.buckets) >= 4
 
 
 @pytest.mark.parametrize("options", [{"cautious": True}, {"maximize": True}, {"lr": 0.0}, {"eps": 0.0}], ids=str)
@@ -175,8 +170,7 @@ def test_options_of_the_update(options, device, path):
     params = [nn.Parameter(torch.randn(n, device=device)) for n in SIZES]
     optimizer = AdamW(params, **{**OPTIONS, **options}, statistics=True)
     for _ in range(2):
-        for p in params:
-            p.grad = torch.randn_like(p)
+        set_grads(params)
         before = masters(optimizer)
         optimizer.step()
         assert_both(optimizer, before)
@@ -189,8 +183,7 @@ def test_with_clipping_and_a_scaler(device, path):
     optimizer = AdamW(params, **OPTIONS, statistics=True, max_grad_norm=1e-6)
     optimizer.grad_scale = torch.full((1,), 512.0, device=device)
     for _ in range(2):
-        for p in params:
-            p.grad = torch.randn_like(p)
+        set_grads(params)
         before = masters(optimizer)
         optimizer.step()
         assert_both(optimizer, before)
@@ -209,30 +202,24 @@ def test_not_finite(device, path):
     """They say so, where nothing skips the step."""
     params = [nn.Parameter(torch.randn(n, device=device)) for n in SIZES]
     optimizer = AdamW(params, **OPTIONS, statistics=True)
-    for p in params:
-        p.grad = torch.randn_like(p)
+    set_grads(params)
     params[3].grad[2000] = float("nan")
     optimizer.step()
     assert optimizer.update_norm.isnan() and optimizer.param_norm.isnan()
 
 
 def test_switched_on_and_off_between_steps(device, path):
-    params = [nn.Parameter(torch.randn(n, device=device)) for n in SIZES]
-    twins = copy.deepcopy(params)
-    optimizer, plain = AdamW(params, **OPTIONS), AdamW(twins, **OPTIONS)
+    pair = Pair([nn.Parameter(torch.randn(n, device=device)) for n in SIZES], against=OPTIONS, **OPTIONS)
+    optimizer = pair.mine
     for wanted in (False, True, True, False, False, True):
         optimizer.statistics = wanted
-        for p, q in zip(params, twins, strict=True):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
         before = masters(optimizer)
-        optimizer.step()
-        plain.step()
+        pair.step()
         if wanted:
             assert_both(optimizer, before)
         else:
             assert optimizer.update_norm is None and optimizer.param_norm is None
-        assert all(map(torch.equal, everything(params, optimizer), everything(twins, plain)))
+        assert_same(optimizer, pair.reference)
 
 
 @pytest.mark.parametrize("foreach", [True, False])
@@ -244,8 +231,7 @@ def test_a_skipped_step_leaves_them(by, foreach, device, path):
     if by == "scaler":
         optimizer.found_inf = found_inf
     for _ in range(2):
-        for p in params:
-            p.grad = torch.randn_like(p)
+        set_grads(params)
         before = masters(optimizer)
         optimizer.step()
         assert_both(optimizer, before)
@@ -259,26 +245,51 @@ def test_a_skipped_step_leaves_them(by, foreach, device, path):
     assert optimizer.skipped_steps.item() == 2
 
 
-def test_a_skipped_step_with_a_new_plan_leaves_them(device, path):
-    """A parameter that had no gradient before has one: still those of the last step that was not skipped."""
+@pytest.mark.parametrize("foreach", [True, False])
+def test_after_a_change_they_begin_anew(foreach, device, path):
+    """A parameter has its first gradient: NaN until a step with it is not skipped."""
     params = [nn.Parameter(torch.randn(n, device=device)) for n in SIZES]
-    optimizer = AdamW(params, **OPTIONS, statistics=True, skip_nonfinite=True)
-    for p in params[1:]:
-        p.grad = torch.randn_like(p)
+    optimizer = AdamW(params, **OPTIONS, statistics=True, skip_nonfinite=True, foreach=foreach)
+    set_grads(params, [None, *(torch.randn_like(p) for p in params[1:])])
     optimizer.step()
-    known = optimizer.update_norm.clone(), optimizer.param_norm.clone()
+    known = optimizer.update_norm.item()
+    assert known > 0
     params[0].grad = torch.full_like(params[0], float("inf"))
+    for skipped in (1, 2):
+        optimizer.step()
+        assert optimizer.skipped_steps.item() == skipped
+        # Where there are no plans, there is none to change.
+        assert math.isnan(optimizer.update_norm.item()) or (path == "reference" and optimizer.update_norm == known)
+    set_grads(params)
+    before = masters(optimizer)
     optimizer.step()
-    assert optimizer.skipped_steps.item() == 1
-    assert torch.equal(known[0], optimizer.update_norm) and torch.equal(known[1], optimizer.param_norm)
+    assert_both(optimizer, before)
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_of_parameters_with_gradients_only(foreach, device, path):
+    """A gradient that is missing takes its parameter out of both norms, for as long as it is."""
+    params = [nn.Parameter(torch.randn(n, device=device)) for n in SIZES]
+    optimizer = AdamW(params, **OPTIONS, statistics=True, foreach=foreach, skip_nonfinite=True)
+    for missing in ((), (1, 3), (0,), ()):
+        set_grads(params, [None if i in missing else torch.randn_like(p) for i, p in enumerate(params)])
+        before = masters(optimizer)
+        optimizer.step()
+        after = masters(optimizer)
+        present = [i for i in range(len(params)) if i not in missing]
+        update, weight = norm([after[i] - before[i] for i in present]), norm([after[i] for i in present])
+        for _ in range(2):
+            assert abs(optimizer.update_norm.item() - update) <= SUMS * update
+            assert abs(optimizer.param_norm.item() - weight) <= SUMS * weight
+            next(p for p in params if p.grad is not None).grad.fill_(torch.nan)
+            optimizer.step()  # is skipped
 
 
 def test_values_read_are_not_overwritten(device, path):
     """By the next step: whoever logs them now and then keeps what was read."""
     params = [nn.Parameter(torch.randn(n, device=device)) for n in SIZES]
     optimizer = AdamW(params, **OPTIONS, statistics=True)
-    for p in params:
-        p.grad = torch.randn_like(p)
+    set_grads(params)
     optimizer.step()
     read = optimizer.update_norm, optimizer.param_norm
     values = [t.item() for t in read]
@@ -288,7 +299,7 @@ def test_values_read_are_not_overwritten(device, path):
 
 # The kernel itself
 
-SCALARS = host_scalars(Hyper(lr=3e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1), 2)
+HYPERPARAMS = Hyperparams(lr=3e-2, beta1=0.8, beta2=0.95, eps=1e-6, weight_decay=0.1)
 
 
 def squares_of_blocks(values, block_size):
@@ -310,26 +321,27 @@ def test_each_program_writes_its_sums_and_nothing_else(dtype, offset, form, devi
         params.append(place[0])
         grads.append(place[1])
         states.append(
-            TensorState(
+            StateTensors(
                 guarded.place(torch.randn(n, device=device).to(moment), offset=offset),
                 guarded.place(torch.rand(n, device=device).to(moment), offset=offset),
             )
         )
     before = [exact(p) for p in params]
     expected = [
-        oracle(p, g, s.tensors, step=2, lr=3e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)[0]
+        oracle(p, g, s[:2], step=2, lr=3e-2, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.1)[0]
         for p, g, s in zip(params, grads, states, strict=True)
     ]
     before_grads = [bits(g).clone() for g in grads]
     programs = [launch.n_programs(n, used) for n in sizes]
     statistics = guarded.place(torch.full((sum(programs), 16, 4), float("nan"), device=device))
+    scalars = scalars_row(HYPERPARAMS, 2, device, torch.float64 if dtype == torch.float64 else torch.float32)
     if form == "table":
-        table = launch.Table.of(params, grads, states, aligned=False)
-        scalars = torch.tensor(SCALARS, dtype=torch.float64, device=device) if dtype == torch.float64 else SCALARS
-        launch.launch_table(table, scalars, maximize=False, statistics=statistics)
+        table = launch.Table.of(params, dtype, states, aligned=False)
+        addresses = torch.tensor([g.data_ptr() for g in grads], device=device)
+        launch.launch_table(table, addresses, scalars.repeat(len(sizes), 1), maximize=False, statistics=statistics)
     else:
         for p, g, s, share in zip(params, grads, states, statistics.split(programs), strict=True):
-            launch.launch_tensor(p, g, s, SCALARS, maximize=False, statistics=share)
+            launch.launch_tensor(p, g, s, scalars, maximize=False, statistics=share)
     guarded.assert_untouched()
     assert all(map(torch.equal, before_grads, map(bits, grads)))
     assert torch.equal(statistics[..., :2], statistics[..., 2:]), "each number twice"
@@ -347,38 +359,36 @@ def test_each_program_writes_its_sums_and_nothing_else(dtype, offset, form, devi
 @pytest.mark.parametrize("form", ["tensor", "table"])
 def test_a_skipping_kernel_writes_no_sums(form, device):
     values = [torch.randn(1500, device=device).abs() for _ in range(4)]
-    state = TensorState(*values[2:])
+    state = StateTensors(*values[2:])
     statistics = torch.full((2, 16, 4), -5.0, device=device)
-    options = {"maximize": False, "statistics": statistics}
-    options["control"] = torch.tensor([1.0, 1.0], dtype=torch.float64, device=device)
+    options, scalars = {"maximize": False, "statistics": statistics}, scalars_row(HYPERPARAMS, 2, device)
+    options["decision"] = torch.tensor([1.0, 1.0], dtype=torch.float64, device=device)
     before = [bits(v).clone() for v in values]
     for skips in (True, False):
-        options["control"][1] = skips
+        options["decision"][1] = skips
         if form == "table":
-            table = launch.Table.of(values[:1], values[1:2], [state], aligned=False)
-            launch.launch_table(table, SCALARS, **options)
+            table = launch.Table.of(values[:1], torch.float32, [state], aligned=False)
+            addresses = torch.tensor([values[1].data_ptr()], device=device)
+            launch.launch_table(table, addresses, scalars[None], **options)
         else:
-            launch.launch_tensor(*values[:2], state, SCALARS, **options)
+            launch.launch_tensor(*values[:2], state, scalars, **options)
         assert bool((statistics == -5.0).all()) is skips
         assert all(map(torch.equal, before, map(bits, values))) is skips
 
 
 def test_with_empty_parameters_and_steps_without_gradients(device, path):
-    """What was the last stays, whatever plans come between."""
+    """What was the last stays."""
     empty = nn.Parameter(torch.zeros(0, device=device, dtype=torch.bfloat16))
     params = [empty, *(nn.Parameter(torch.randn(n, device=device)) for n in (5, 1300))]
     optimizer = AdamW(params, statistics=True, skip_nonfinite=True)
     assert optimizer.update_norm is None
-    for p in params:
-        p.grad = torch.ones_like(p)
+    set_grads(params)
     optimizer.step()
-    known = optimizer.update_norm.clone(), optimizer.param_norm.clone()
+    known = optimizer.update_norm, optimizer.param_norm
     assert known[0] > 0
-    for p in params:
-        p.grad = None
+    optimizer.zero_grad()
     optimizer.step()
     assert (optimizer.update_norm, optimizer.param_norm) == known
-    for p in params[:2]:
-        p.grad = torch.full_like(p, math.nan)
+    set_grads(params, [torch.full_like(p, math.nan) if p is not params[2] else None for p in params])
     optimizer.step()
     assert optimizer.skipped_steps == 1 and (optimizer.update_norm, optimizer.param_norm) == known

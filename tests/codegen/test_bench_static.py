@@ -12,14 +12,13 @@ from adamw_triton.storage import GROUP_SIZE
 from bench import records
 from bench.codegen import devices, static
 from bench.codegen.devices import DEVICES, Device
-from bench.codegen.machine_code import Failure, MachineCode, examine_all
+from bench.codegen.machine_code import Failure, MachineCode
 from bench.codegen.variants import KERNELS, TARGETS, Variant
 from bench.policies import BY_NAME, POLICIES
 
 pytest.importorskip("triton")
 
 CASES = [(policy, kernel) for policy in POLICIES for kernel in KERNELS]
-IDS = [f"{policy.name}-{kernel}" for policy, kernel in CASES]
 # 10 SMs that issue 100 instructions and 10 special functions at 1 GHz, and move 1 TB/s.
 ROUND = Device("round", "Round", "Round", "sm_90", 1e12, 10, 1e9, 100, 10, "made up")
 CODE = MachineCode(
@@ -43,23 +42,18 @@ CODE = MachineCode(
 # Policies
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    variants = [Variant.of("sm_90", kernel, policy) for policy, kernel in CASES]
-    return dict(zip(CASES, examine_all(variants), strict=True))
+def test_byte_formula_is_what_the_kernels_load_and_store(for_each):
+    policies = {Variant.of("sm_90", kernel, policy): policy for policy, kernel in CASES}
 
+    def check(variant, code):
+        policy = policies[variant]
+        # Of a scale, every thread loads 4 bytes and one in GROUP_SIZE / elements stores them: counted once for a group.
+        scales = 4 * (not policy.exp_avg.is_floating_point) + 4 * (not policy.exp_avg_sq.is_floating_point)
+        of_group = scales / GROUP_SIZE
+        assert (sum(code.loads) - scales) / code.elements + of_group == policy.read_bytes
+        assert (sum(code.stores) - scales) / code.elements + of_group == policy.written_bytes
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_byte_formula_is_what_the_kernel_loads_and_stores(case, compiled):
-    policy, _ = case
-    code = compiled[case]
-    if isinstance(code, Failure):
-        (pytest.skip if "nvdisasm" in code.reason else pytest.fail)(code.reason)
-    # Of a scale, every thread loads 4 bytes and one in GROUP_SIZE / elements stores them: counted once for a group.
-    scales = 4 * (not policy.exp_avg.is_floating_point) + 4 * (not policy.exp_avg_sq.is_floating_point)
-    of_group = scales / GROUP_SIZE
-    assert (sum(code.loads) - scales) / code.elements + of_group == policy.read_bytes
-    assert (sum(code.stores) - scales) / code.elements + of_group == policy.written_bytes
+    for_each(list(policies), check)
 
 
 def test_bytes_of_policies():

@@ -50,7 +50,8 @@ def test_wheel(tree, tmp_path):
         archive.extractall(tmp_path / "site")
     top = {name.split("/")[0] for name in names}
     assert top == {"adamw_triton", f"adamw_triton-{adamw_triton.__version__}.dist-info"}
-    assert {"adamw_triton/py.typed", "adamw_triton/kernels/adamw.py", "adamw_triton/kernels/__init__.py"} <= set(names)
+    assert {"adamw_triton/py.typed", "adamw_triton/kernels/adamw.py", "adamw_triton/storage/formats.py"} <= set(names)
+    assert "adamw_triton/extras/gradient_release.py" in names
     # It imports from somewhere else, and finds its own kernels there.
     code = "import adamw_triton, adamw_triton.kernels.adamw as k; print(adamw_triton.__file__, k.__file__)"
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}

@@ -1,0 +1,46 @@
+"""Machine code of variants, examined once in a test run, whichever of pytest-xdist's workers asks first."""
+
+import fcntl
+import os
+import pickle
+
+import pytest
+from helpers import compiled_or_skipped
+
+from bench.codegen.machine_code import examine_all
+
+
+@pytest.fixture(scope="session")
+def examined(tmp_path_factory):
+    """A function that returns the machine code of each of some variants; the test is skipped where there is none."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def examine(variants):
+        paths = {variant: folder / f"{variant}.pickle" for variant in variants}
+        with (folder / "examined.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # examine_all keeps all CPUs busy
+            missing = [variant for variant, path in paths.items() if not path.exists()]
+            for variant, result in zip(missing, examine_all(missing) if missing else [], strict=True):
+                paths[variant].write_bytes(pickle.dumps(result))
+        return {v: compiled_or_skipped(v, pickle.loads(path.read_bytes())) for v, path in paths.items()}
+
+    return examine
+
+
+@pytest.fixture
+def for_each(examined):
+    """A function that checks every variant, `check(variant, code)`, and fails with all that do not pass."""
+
+    def failure(check, variant, code):
+        try:
+            check(variant, code)
+        except AssertionError as error:
+            return f"{variant}: {error}"
+        return None
+
+    def run(variants, check):
+        failures = [failure(check, variant, code) for variant, code in examined(variants).items()]
+        assert variants and not any(failures), "\n".join(filter(None, failures))
+
+    return run
