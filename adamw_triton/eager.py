@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,13 +17,17 @@ from .strides import real_view
 from .validation import is_simulated
 
 
-def place_step(entries: MutableMapping[str, Any]) -> None:
-    """Have a parameter's updates counted in a 0-d float32; one that is there stays where it is."""
-    step = entries["step"]
-    if not isinstance(step, Tensor):
-        entries["step"] = torch.tensor(float(step), dtype=torch.float32, device="cpu")
-    elif step.dtype != torch.float32 or step.dim() != 0:
-        entries["step"] = step.to(torch.float32).reshape(())
+def place_steps(works: Sequence[ParamWork]) -> None:
+    """Have the updates of each parameter counted in a 0-d float32 of its own; one that is there stays where it is."""
+    taken: set[int] = set()
+    for entries in (work.entries for work in works):
+        step = entries["step"]
+        if not isinstance(step, Tensor):
+            step = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+        elif step.dtype != torch.float32 or step.dim() != 0:
+            step = step.to(torch.float32).reshape(())
+        entries["step"] = step if id(step) not in taken else step.clone()
+        taken.add(id(step))
 
 
 def sum_of_squares(work: ParamWork) -> Tensor:

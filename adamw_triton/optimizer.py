@@ -240,7 +240,7 @@ class AdamW(Optimizer):
 
     def _decision_on(self, device: torch.device) -> GradDecision:
         if device not in self._decisions:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.no_grad():
                 self._decisions[device] = GradDecision(device)
         return self._decisions[device]
 

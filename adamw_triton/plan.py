@@ -107,13 +107,13 @@ class Plan:
             _refuse_capture(groups)
         eager_works = [work for work in works if not launch.can_launch(work.param)]
         if members is None or works:
-            with torch.inference_mode(False):  # state must outlive a step taken in inference mode
+            # State must outlive a step taken in inference mode; leaving that turns autograd on.
+            with torch.inference_mode(False), torch.no_grad():
                 for work in works:
                     state.setdefault(work.param, work.entries)
                     amsgrad = groups[work.group]["amsgrad"]
                     _storage_of(work, groups).complete(work.param, work.entries, amsgrad=amsgrad)
-                for work in eager_works:
-                    eager.place_step(work.entries)
+                eager.place_steps(eager_works)
                 if members is None:
                     members = self._build(works, options, params, grads, groups, state, inputs)
         if eager_works or any(grad is not None for grad in members.grads):
@@ -175,10 +175,10 @@ class Plan:
         self._signature, self._devices = None, []
         chosen = {work.index - self._first_index for work in works}
         without_grad = [i for i in _first_occurrences(params) if i not in chosen and state.get(params[i])]
-        waiting = [w for w in self._works(without_grad, params, grads, groups, state) if _is_ready(w, groups)]
+        candidates = [*works, *self._works(without_grad, params, grads, groups, state)]
         by_device: dict[torch.device, list[ParamWork]] = defaultdict(list)
-        for work in sorted([*works, *waiting], key=lambda work: work.index):
-            if launch.can_launch(work.param):
+        for work in sorted(candidates, key=lambda work: work.index):
+            if launch.can_launch(work.param) and (work.grad is not None or _is_ready(work, groups)):
                 work.see_gradient(self._known_grads)
                 by_device[work.param.device].append(work)
         in_order: list[ParamWork] = []

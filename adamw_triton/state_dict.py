@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from numbers import Number
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ def _check(param: Tensor, key: Any, values: Mapping[str, Any]) -> None:
             f"only the state of an AdamW or Adam can be loaded"
         )
     step = values.get("step", 0)
-    if not isinstance(step, (int, float)) and not (isinstance(step, Tensor) and step.numel() == 1):
+    if not isinstance(step, Number) and not (isinstance(step, Tensor) and step.numel() == 1):
         raise ValueError(f"loaded state 'step' of parameter {key} must be a number or a tensor of one, got {step!r}")
     for name in _LIKE_PARAM:
         if name in values and not isinstance(values[name], Tensor):
@@ -116,7 +117,7 @@ def restore(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> No
                 # The next step moves its count to the side that counts.
                 values[name] = value.tensor if name == "step" else value.tensor.to(param.device)
             elif name == "step" and not isinstance(value, Tensor):
-                values[name] = torch.tensor(float(value), dtype=torch.float32)
+                values[name] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         if loaded and param in group_of:
             group = group_of[param]
             with torch.no_grad():

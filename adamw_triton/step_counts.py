@@ -120,7 +120,7 @@ def place_steps(all_entries: Sequence[MutableMapping[str, Any]], device: torch.d
             elsewhere.append(entries)
         else:
             taken.add(step.data_ptr())
-            entries["step"] = step.reshape(())
+            entries["step"] = step if step.dim() == 0 else step.reshape(())
     counts = torch.tensor([float(entries["step"]) for entries in on_host], dtype=torch.float32, device="cpu")
     for entries, count in zip(on_host, counts.to(device).unbind(), strict=True):
         entries["step"] = count

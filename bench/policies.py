@@ -90,9 +90,7 @@ class Policy:
 
     @property
     def read_bytes(self) -> float:
-        # Where there is a whole master weight, the parameter is only written.
-        param = 0 if self.master == torch.float32 else self.param.itemsize
-        return param + self.grad.itemsize + self.state_bytes
+        return self.param.itemsize + self.grad.itemsize + self.state_bytes
 
     @property
     def written_bytes(self) -> float:

@@ -50,21 +50,16 @@ class Variant:
         return cls(target, kernel, names, amsgrad=policy.amsgrad, master=master, stochastic=stochastic)
 
     @property
-    def _widths(self) -> list[int]:
-        """Bytes per element of param, grad, exp_avg, exp_avg_sq (, max_exp_avg_sq) (, master)."""
+    def read_widths(self) -> list[int]:
+        """Bytes per element of all that a step reads: param, grad, exp_avg, exp_avg_sq (, max_exp_avg_sq) (, master)."""
         widths = [DTYPES[name].itemsize for name in self.dtypes]
         widths += widths[3:] if self.amsgrad else []
         return widths if self.master is None else [*widths, DTYPES[self.master].itemsize]
 
     @property
-    def read_widths(self) -> list[int]:
-        """Bytes per element of each tensor that a step reads: an fp32 master in place of the parameter."""
-        return self._widths[1:] if self.master == "fp32" else self._widths
-
-    @property
     def written_widths(self) -> list[int]:
         """Bytes per element of each tensor that a step writes: all but the gradient."""
-        return self._widths[:1] + self._widths[2:]
+        return self.read_widths[:1] + self.read_widths[2:]
 
     @property
     def scales(self) -> int:

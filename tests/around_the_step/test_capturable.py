@@ -361,7 +361,7 @@ def test_sixteen_captures_in_a_row(device, capture_of):
         optimizer.param_groups[0]["lr"] = 0.01 * (i + 1)
         replays.append(capture_of(optimizer.step))
     if device.type == "cuda":
-        with pytest.raises(RuntimeError, match="after 16 captures.*take a step outside"):
+        with pytest.raises(RuntimeError, match=r"after 16 captures.*take a step outside"):
             capture_of(optimizer.step)
     for i in (3, 15, 0, 3, 8):
         assert moved(params, replays[i]) == (0.01 if i % 2 else -0.01) * (i + 1)

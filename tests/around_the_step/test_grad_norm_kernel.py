@@ -1,4 +1,4 @@
-"""kernels/grad_norm.py and its specification: sums of squares, and the decision over the step that follows from them."""
+"""kernels/grad_norm.py and its specification: sums of squares, and what is decided from them."""
 
 import itertools
 import math

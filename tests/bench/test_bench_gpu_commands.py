@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from adamw_triton import launch
-from adamw_triton.storage import Rounding, TensorState
+from adamw_triton import AdamW, launch, launch_group
+from adamw_triton.storage import StateTensors
 from bench import common, features, models, peers, records, roofs, throughput, timing, tune
 from bench.policies import BY_NAME, POLICIES
 
@@ -164,6 +164,37 @@ def test_throughput_case(policy):
         assert not torch.equal(before, case.param)
 
 
+@needs_kernels
+@pytest.mark.parametrize(("name", "foreach"), [(throughput.TENSOR, False), (throughput.TABLE, True)])
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
+def test_throughput_launches_what_the_optimizer_would(policy, name, foreach, monkeypatch):
+    """The same kernel in the same form: all that a launch is compiled for, and its grid."""
+    launched = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append((self.kernel, grid, list(map(form, args)), options))
+
+    def form(argument):
+        if isinstance(argument, torch.Tensor):
+            return argument.dtype, argument.shape[-1:], argument.data_ptr() % launch_group.ALIGNMENT
+        return argument
+
+    for kernel in ("adamw_kernel", "adamw_table_kernel"):
+        monkeypatch.setattr(launch, kernel, Recorder(kernel))
+    case = throughput.Case(policy, 1100, CPU)
+    launched.clear()
+    case.calls[name]()
+    optimizer = AdamW([case.param], **peers.HYPER, **policy.options, foreach=foreach)
+    peers.share(optimizer, [case.param], [case.moments])
+    optimizer.step()
+    of_case, of_optimizer = launched
+    assert of_case == of_optimizer
+
+
 def test_rates():
     policy = BY_NAME["fp32"]
     moved = dict.fromkeys(throughput.PROVIDERS, 28_000_000)
@@ -211,9 +242,8 @@ def test_configurations_step_alike(policy, entry):
         (param,), (moments,) = peers.problem([(700,)], policy, CPU)
         tensors = [param.detach(), param.grad, *moments.values()]
         before = [tensor.clone() for tensor in tensors]
-        state = TensorState.of(moments, policy.amsgrad)
-        rounding = Rounding(0, 0) if policy.stochastic_rounding else None
-        made = tune.calls(param.detach(), param.grad, state, entry, configurations, rounding)
+        state = StateTensors.from_entries(moments, policy.amsgrad)
+        made = tune.calls(param.detach(), param.grad, state, entry, configurations, throughput.noise_key(policy))
         made[tune.name_of(one)]()
         assert not torch.equal(before[2], tensors[2]) and torch.equal(before[1], tensors[1])
         results.append(tensors)

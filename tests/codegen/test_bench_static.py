@@ -70,7 +70,7 @@ def test_bytes_of_policies():
         "bf16-master32-bf16": (18, 6),
         "bf16-master24-8bit": (12.125, 3.0625),
         "bf16-stochastic": (14, 4),
-        "fp16-master32": (28, 12),
+        "fp16-master32": (30, 12),
     }
     assert all(policy.bytes_per_element == policy.read_bytes + policy.written_bytes for policy in POLICIES)
 
