@@ -50,7 +50,9 @@ def load_param(param_ptr, master_ptr, offsets, mask, DTYPE: tl.constexpr, EVICTI
     elif master_ptr.dtype.element_ty == tl.float32:
         master = load(master_ptr, offsets, mask, DTYPE, EVICTION)
         stored = tl.load(param_ptr + offsets, mask=mask, eviction_policy=EVICTION)
-        param = tl.where(master.to(stored.dtype) == stored, master, stored.to(DTYPE))
+        BITS: tl.constexpr = tl.int16 if stored.dtype.primitive_bitwidth == 16 else tl.int32
+        untouched = master.to(stored.dtype).to(BITS, bitcast=True) == stored.to(BITS, bitcast=True)
+        param = tl.where(untouched, master, stored.to(DTYPE))
     else:
         high = tl.load(param_ptr + offsets, mask=mask, eviction_policy=EVICTION).to(tl.int16, bitcast=True)
         remainder = tl.load(master_ptr + offsets, mask=mask, eviction_policy=EVICTION)

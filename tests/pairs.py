@@ -104,11 +104,6 @@ class Pair:
     def set_grads(self, grads=None):
         set_grads(self.theirs, set_grads(self.ours, grads))
 
-    def set_options(self, **options):
-        """Of all groups of both."""
-        for group in (*self.mine.param_groups, *self.reference.param_groups):
-            group.update(options)
-
     def step(self, grads=None):
         """Step both with the same gradients, and compare."""
         self.set_grads(grads)

@@ -61,4 +61,6 @@ def master_weight(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
     if "master_param" not in entries:
         return weight
     master = entries["master_param"]
-    return torch.where(master.to(param.dtype) == param, master, weight)
+    bits = torch.int16 if param.dtype.itemsize == 2 else torch.int32
+    untouched = master.to(param.dtype).view(bits) == param.detach().view(bits)
+    return torch.where(untouched, master, weight)

@@ -51,7 +51,7 @@ class Variant:
 
     @property
     def read_widths(self) -> list[int]:
-        """Bytes per element of all that a step reads: param, grad, exp_avg, exp_avg_sq (, max_exp_avg_sq) (, master)."""
+        """Bytes per element of what a step reads: param, grad, exp_avg, exp_avg_sq (, max_exp_avg_sq) (, master)."""
         widths = [DTYPES[name].itemsize for name in self.dtypes]
         widths += widths[3:] if self.amsgrad else []
         return widths if self.master is None else [*widths, DTYPES[self.master].itemsize]

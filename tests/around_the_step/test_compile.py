@@ -195,7 +195,9 @@ def test_the_reason_is_said(device):
     before = contents(optimizer)
 
     def update():
+        result = net.unused + 1
         optimizer.step()
+        return result
 
     with pytest.raises(torch._dynamo.exc.Unsupported, match="kernel"):
         torch.compile(update, fullgraph=True, backend="eager")()

@@ -1,8 +1,11 @@
 """What a step does on the host: no more launches than it says, and no waiting for the device."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adamw_triton.plan
 from adamw_triton import AdamW, launch
@@ -121,3 +124,30 @@ def test_no_launch_without_gradients(device, launches):
     optimizer.zero_grad()
     optimizer.step()
     assert not launches
+
+
+class EveryOperation(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+MODES = {
+    "no mode": contextlib.nullcontext,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu"),
+    "dispatch": EveryOperation,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tables_are_kept_in_any_mode(mode, device, monkeypatch):
+    """Made once, and perhaps once more when the mode is entered; not at every step in it."""
+    _, optimizer = several(device, 2)
+    made = []
+    real = launch.Table.of
+    monkeypatch.setattr(launch.Table, "of", lambda *args, **options: made.append(args) or real(*args, **options))
+    optimizer.step()
+    with MODES[mode]():
+        for _ in range(3):
+            optimizer.step()
+    assert len(made) <= 2

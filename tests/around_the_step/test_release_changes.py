@@ -53,7 +53,7 @@ def test_step_and_zero_grad_find_no_gradients(device, path):
     """A training loop may keep them, and nothing complains."""
     pair = Released.of_weights(device)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         for _ in range(2):
             pair.step()
             for set_to_none in (True, False):

@@ -1,79 +1,86 @@
 """What only a GPU can show: streams, devices, synchronisation, memory, compilations, IEEE rounding."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
+from pairs import OPTIONS, Pair, assert_same, set_grads
 from torch import nn
 
 from adamw_triton import AdamW, launch, register_gradient_release
-from adamw_triton.control import Control, Scaling
+from adamw_triton.grad_control import GradDecision, GradNormOptions, GradScalerInputs
 
 pytestmark = pytest.mark.gpu
-OPTIONS = {"lr": 1e-2, "betas": (0.8, 0.95), "weight_decay": 0.1}
 
 
-def make(n=5, shape=(300, 70), device="cuda", dtype=torch.float32):
-    ours = [nn.Parameter(torch.randn(shape, device=device).to(dtype)) for _ in range(n)]
-    for p in ours:
-        p.grad = torch.randn_like(p)
-    theirs = copy.deepcopy(ours)
-    for p, q in zip(ours, theirs, strict=True):
-        q.grad = p.grad.clone()
-    return ours, theirs
+def make_params(n=5, shape=(300, 70), device="cuda", dtype=torch.float32):
+    params = [nn.Parameter(torch.randn(shape, device=device).to(dtype)) for _ in range(n)]
+    set_grads(params)
+    return params
+
+
+def replace_grads(params):
+    """The same values elsewhere."""
+    set_grads(params, [p.grad.clone() for p in params])
+
+
+@contextlib.contextmanager
+def no_synchronisation():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("foreach", [True, False])
 def test_on_a_side_stream(foreach):
     """The step is ordered after what its stream computed, and the gradients' upload with it."""
-    ours, theirs = make(shape=(2000, 500))
-    mine = AdamW(ours, foreach=foreach, **OPTIONS)
-    reference = torch.optim.AdamW(theirs, foreach=False, **OPTIONS)
-    mine.step()
-    reference.step()
+    pair = Pair(make_params(shape=(2000, 500)), foreach=foreach, **OPTIONS)
+    pair.step()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(10):
             torch.cuda._sleep(1_000_000)
-            for p in ours:
+            for p in pair.ours:
                 p.grad = p.detach() * 0.5 + 1  # new addresses, and values that are ready late
-            mine.step()
+            pair.mine.step()
     torch.cuda.current_stream().wait_stream(stream)
     for _ in range(10):
-        for q in theirs:
+        for q in pair.theirs:
             q.grad = q.detach() * 0.5 + 1
-        reference.step()
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        pair.reference.step()
+    pair.assert_close(rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("foreach", [True, False])
 def test_parameters_on_several_devices(foreach):
     """In one group, and with another device current than theirs."""
-    ours = [nn.Parameter(torch.randn(500, device=f"cuda:{i % 2}")) for i in range(4)]
-    theirs = copy.deepcopy(ours)
-    mine = AdamW(ours, foreach=foreach, **OPTIONS)
-    reference = torch.optim.AdamW(theirs, foreach=False, **OPTIONS)
+    pair = Pair([nn.Parameter(torch.randn(500, device=f"cuda:{i % 2}")) for i in range(4)], foreach=foreach, **OPTIONS)
     for current in (0, 1, 0):
         with torch.cuda.device(current):
-            for p, q in zip(ours, theirs, strict=True):
-                p.grad = torch.randn_like(p)
-                q.grad = p.grad.clone()
-            mine.step()
-            reference.step()
+            pair.step()
             assert torch.cuda.current_device() == current
-    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
 
 
-def test_cpu_and_gpu_parameters_in_one_group():
-    ours, theirs = make(2)
-    ours += make(1, device="cpu")[0]
-    theirs += copy.deepcopy(ours[2:])
-    theirs[2].grad = ours[2].grad.clone()
-    AdamW(ours, **OPTIONS).step()
-    torch.optim.AdamW(theirs, foreach=False, **OPTIONS).step()
-    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_cpu_and_gpu_parameters_in_one_group(clip):
+    """With clipping, by one norm of all."""
+    pair = Pair([*make_params(2), *make_params(1, device="cpu")], max_grad_norm=clip, **OPTIONS)
+    for _ in range(3):
+        pair.set_grads()
+        if clip is not None:
+            norm = torch.stack([q.grad.cpu().double().norm() for q in pair.theirs]).norm()
+            for q in pair.theirs:
+                q.grad.mul_(min(1.0, clip / (norm.item() + 1e-6)))
+        pair.mine.step()
+        pair.reference.step()
+        pair.assert_close()
+    assert clip is None or abs(pair.mine.grad_norm.item() / norm.item() - 1) < 1e-6
 
 
 @pytest.mark.parametrize("foreach", [True, False])
@@ -81,26 +88,36 @@ def test_cpu_and_gpu_parameters_in_one_group():
 @pytest.mark.parametrize("amp", [False, True])
 @pytest.mark.parametrize("lr", ["float", "tensor"])
 def test_no_synchronisation(foreach, dtype, amp, lr):
-    ours, _ = make(dtype=dtype)
+    params = make_params(dtype=dtype)
     rate = torch.tensor(1e-2, device="cuda") if lr == "tensor" else 1e-2
-    optimizer = AdamW(ours, lr=rate, foreach=foreach, fused=amp)
+    optimizer = AdamW(params, lr=rate, foreach=foreach, fused=amp)
     if amp:
         optimizer.grad_scale, optimizer.found_inf = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda")
     optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for _ in range(3):
-            for p in ours:
-                p.grad = p.grad.clone()  # so that addresses are uploaded
+            replace_grads(params)  # so that addresses are written anew
             optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_gradients_that_come_and_go_wait_for_nothing(foreach):
+    """And are counted as torch counts them."""
+    pair = Pair(make_params(6), foreach=foreach, **OPTIONS)
+    pair.step()
+    for missing in ((0, 3), (1,), (), (2, 4, 5)):
+        pair.set_grads([None if i in missing else torch.randn_like(p) for i, p in enumerate(pair.ours)])
+        pair.reference.step()
+        with no_synchronisation():
+            pair.mine.step()
+        pair.assert_close()
+    for p, q in zip(pair.ours, pair.theirs, strict=True):
+        assert float(pair.mine.state[p]["step"]) == float(pair.reference.state[q]["step"])
 
 
 def test_memory_of_a_step():
     """No temporaries: what a step adds is the plan's tables, and only at the first."""
-    ours, _ = make(8, (1000, 1000))
-    optimizer = AdamW(ours)
+    optimizer = AdamW(make_params(8, (1000, 1000)))
     before = torch.cuda.memory_allocated()
     optimizer.step()
     state = sum(t.numel() * t.element_size() for s in optimizer.state.values() for t in s.values() if t.is_cuda)
@@ -113,24 +130,34 @@ def test_memory_of_a_step():
     assert torch.cuda.max_memory_allocated() == before
 
 
-def test_nothing_recompiles():
+def test_state_that_is_dropped_is_free_at_once():
+    """Without another step: the optimizer holds no tensor besides the state."""
+    optimizer = AdamW(make_params(8, (1000, 1000)))
+    optimizer.step()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    optimizer.state.clear()
+    optimizer.zero_grad()
+    assert before - torch.cuda.memory_allocated() >= 3 * 8 * 4 * 1_000_000
+
+
+KERNELS = (launch.adamw_kernel, launch.adamw_table_kernel, launch.grad_norm_kernel, launch.scalars_kernel)
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_nothing_recompiles(clip):
     """Over steps, learning rates, sizes and addresses, once each dtype and alignment has been seen."""
 
     def compiled():
-        return sum(
-            len(caches[0])
-            for kernel in (launch.adamw_kernel, launch.adamw_table_kernel)
-            for caches in kernel.device_caches.values()
-        )
+        return sum(len(caches[0]) for kernel in KERNELS for caches in kernel.device_caches.values())
 
     def run(shapes, lr, steps):
         for foreach in (True, False):
             params = [nn.Parameter(torch.randn(shape, device="cuda")) for shape in shapes]
-            optimizer = AdamW(params, lr=lr, foreach=foreach)
+            optimizer = AdamW(params, lr=lr, foreach=foreach, max_grad_norm=clip)
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = lr / (step + 1)
-                for p in params:
-                    p.grad = torch.randn_like(p)
+                set_grads(params)
                 optimizer.step()
 
     run([(64,), (100,)], 1e-3, 3)
@@ -141,35 +168,24 @@ def test_nothing_recompiles():
 
 
 def test_bitwise_deterministic():
-    ours, theirs = make()
-    for params in (ours, theirs):
-        optimizer = AdamW(params, **OPTIONS)
-        for _ in range(3):
-            optimizer.step()
-    assert all(map(torch.equal, ours, theirs))
-
-
-@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
-def test_capture_is_refused():
-    ours, _ = make(2)
-    optimizer = AdamW(ours)
-    optimizer.step()
-    graph = torch.cuda.CUDAGraph()
-    with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(graph):
-        optimizer.step()
+    pair = Pair(make_params(), against=OPTIONS, **OPTIONS)
+    for _ in range(3):
+        pair.step()
+    assert_same(pair.mine, pair.reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_large_random_tensor_against_torch_fused(dtype):
     """Ten million elements, where torch's fused kernel is an oracle too."""
-    ours, theirs = make(1, (10_000_019,), dtype=dtype)
     options = {**OPTIONS, "eps": 1e-6}
-    mine, reference = AdamW(ours, **options), torch.optim.AdamW(theirs, fused=True, **options)
-    for _ in range(3):
-        mine.step()
-        reference.step()
+    pair = Pair(make_params(1, (10_000_019,), dtype=dtype), **options)
+    pair.reference = torch.optim.AdamW(pair.theirs, fused=True, **options)
     ulp = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
-    torch.testing.assert_close(ours, theirs, rtol=ulp, atol=ulp * 0.1)
+    pair.set_grads()
+    for _ in range(3):
+        pair.mine.step()
+        pair.reference.step()
+    pair.assert_close(rtol=ulp, atol=ulp * 0.1)
 
 
 # Around the step
@@ -195,16 +211,17 @@ def test_norm_of_constant_gradients_in_more_than_2_31_elements():
     param = torch.empty(2**31 + 7, dtype=torch.bfloat16, device="cuda")
     for value in (0.1, 1 / 3, 7e-5):
         param.grad = torch.full_like(param, value)
-        control = Control(param.device)
+        decision = GradDecision(param.device)
         numels = torch.tensor([param.numel()], device="cuda")
         addresses = torch.tensor([param.grad.data_ptr()], device="cuda")
-        table = launch.NormTable.of(addresses, numels, [0], first=0, dtype=torch.bfloat16, aligned=True)
+        table = launch.NormTable.of(numels, [0], first=0, dtype=torch.bfloat16, aligned=True)
         partials = torch.zeros(table.spans.shape[0] + 1, dtype=torch.float64, device="cuda")
-        arrived = torch.zeros(1, dtype=torch.int32, device="cuda")
-        launch.launch_norms([table], partials, arrived, control, Scaling(), None, None)
+        finished = torch.zeros(1, dtype=torch.int32, device="cuda")
+        inputs = GradScalerInputs(), GradNormOptions()
+        launch.launch_norms([table], addresses, partials, finished, decision, *inputs)
         exact = float(param.grad[0].double()) * param.numel() ** 0.5
-        assert abs(float(control.values[2]) / exact - 1) < 1e-6
-        assert arrived.item() == 0
+        assert abs(float(decision.values[2]) / exact - 1) < 1e-6
+        assert finished.item() == 0
 
 
 @pytest.mark.parametrize("clip", [None, 0.5])
@@ -259,37 +276,90 @@ def test_graph_of_a_training_step(clip):
     assert {float(optimizers[0].state[p]["step"]) for p in ours.parameters()} == {8.0}
 
 
-def test_graph_of_the_step_alone():
-    ours, theirs = make(4)
-    options = {**OPTIONS, "capturable": True, "max_grad_norm": 1.0}
-    mine, other = AdamW(ours, **options), AdamW(theirs, **options)
-    for p, q in zip(ours, theirs, strict=True):
-        p.grad = torch.randn_like(p)
-        q.grad = p.grad.clone()
-    mine.step()
-    other.step()
+def captured(function):
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        mine.step()
-    for p in ours:
-        p.grad.normal_()
+        function()
+    return graph
+
+
+def test_replays_and_steps_outside_alternate():
+    """A graph of the step alone, with gradients of its own, next to others outside; as eager steps with both."""
+    options = {**OPTIONS, "capturable": True, "max_grad_norm": 1.0}
+    pair = Pair(make_params(4), against=options, **options)
+    pair.step()
+    inside = [p.grad for p in pair.ours]
+    graph = captured(pair.mine.step)
     for _ in range(3):
-        for p, q in zip(ours, theirs, strict=True):
-            q.grad.copy_(p.grad)
+        grads = [torch.randn_like(p) for p in pair.ours]
+        for grad, new in zip(inside, grads, strict=True):
+            grad.copy_(new)
         graph.replay()
-        other.step()
-        assert all(map(torch.equal, ours, theirs))
-    with pytest.raises(RuntimeError, match="zero_grad"):
-        mine.zero_grad()
+        set_grads(pair.theirs, grads)
+        pair.reference.step()
+        assert_same(pair.mine, pair.reference)
+        pair.step()
+        assert_same(pair.mine, pair.reference)
+        pair.mine.zero_grad()  # the graph's gradients are those that `inside` holds
+
+
+def test_sixteen_captures_without_a_step_between():
+    params = make_params(2)
+    optimizer = AdamW(params, lr=1.0, betas=(0.0, 0.0), eps=0.0, weight_decay=0.0, capturable=True)
+    optimizer.step()
+    graphs, kept = [], []
+    for i in range(16):
+        set_grads(params, [torch.full_like(p, -1.0 if i % 2 else 1.0) for p in params])
+        kept += [p.grad for p in params]
+        graphs.append(captured(optimizer.step))
+    with pytest.raises(RuntimeError, match=r"after 16 captures.*take a step outside"):
+        captured(optimizer.step)
+    torch.cuda.synchronize()
+    for i in (3, 15, 0, 3, 8):
+        before = [p.detach().clone() for p in params]
+        graphs[i].replay()
+        for p, old in zip(params, before, strict=True):
+            torch.testing.assert_close(p - old, torch.full_like(p, 1.0 if i % 2 else -1.0), rtol=1e-5, atol=1e-5)
+    optimizer.step()
+    captured(optimizer.step)
+    assert float(optimizer.state[params[0]]["step"]) == 7 and len(kept) == 32
+
+
+def test_tables_of_graphs_are_freed_when_they_are_forgotten():
+    params = make_params(4, (1000, 1000))
+    optimizer = AdamW(params, capturable=True)
+    optimizer.step()
+    graph = captured(optimizer.step)
+    optimizer.param_groups[0]["cautious"] = True  # another kernel, so another plan
+    optimizer.step()
+    graph.replay()
+    torch.cuda.synchronize()
+    del graph
+    before = torch.cuda.memory_allocated()
+    optimizer.forget_graphs()
+    assert before - torch.cuda.memory_allocated() >= 8 * 4 * 970  # a chunk is 8 bytes for each 1024 elements
+
+
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
+@pytest.mark.parametrize(
+    ("options", "stepped", "cause"),
+    [({}, True, "capturable=True"), ({}, False, "capturable=True"), ({"capturable": True}, False, "warm-up step")],
+)
+def test_capture_is_refused(options, stepped, cause):
+    optimizer = AdamW(make_params(2), **options)
+    if stepped:
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=cause):
+        captured(optimizer.step)
 
 
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("groups", [1, 5])
 def test_no_synchronisation_around_the_step(capturable, groups):
-    ours, _ = make(10)
+    params = make_params(10)
     optimizer = AdamW(
-        [{"params": ours[i::groups], "lr": 1e-3 * (i + 1)} for i in range(groups)],
+        [{"params": params[i::groups], "lr": 1e-3 * (i + 1)} for i in range(groups)],
         capturable=capturable,
         fused=True,
         max_grad_norm=1.0,
@@ -298,17 +368,13 @@ def test_no_synchronisation_around_the_step(capturable, groups):
     )
     optimizer.grad_scale, optimizer.found_inf = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda")
     optimizer.step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         for i in range(3):
-            for p in ours:
-                p.grad = p.grad.clone()
+            replace_grads(params)
             for group in optimizer.param_groups:
                 group["lr"] = 1e-3 / (i + 1)
             optimizer.step()
             assert optimizer.grad_norm is not None and optimizer.update_norm is not None
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_memory_of_gradient_release():
@@ -316,7 +382,7 @@ def test_memory_of_gradient_release():
     size = 4 * 1_000_000
     params = nn.ParameterList([nn.Parameter(torch.randn(1_000_000, device="cuda")) for _ in range(20)])
     optimizer = AdamW(params)
-    register_gradient_release(params, optimizer)
+    handle = register_gradient_release(params, optimizer)
 
     def backward():
         torch.autograd.backward([(p * p).sum() for p in params])
@@ -330,3 +396,4 @@ def test_memory_of_gradient_release():
     temporaries = 2 * size  # of the backward pass of p * p itself
     assert torch.cuda.max_memory_allocated() - before <= 2 * size + temporaries + 2**20
     assert all(p.grad is None for p in params)
+    handle.remove()
