@@ -48,7 +48,7 @@ class DevicePlan:
 
     Attributes:
         device: of all parameters.
-        works: in the order in which they are stepped; only while the plan is being built.
+        order: indices among `works`, in the order in which they are stepped.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class DevicePlan:
         self.device = device = works[0].param.device
         launches = group_works(works, groups)
         in_order = [work for _, members in launches for work in members]
-        self.order = [works.index(work) for work in in_order]
+        places = {id(work): place for place, work in enumerate(works)}
+        self.order = [places[id(work)] for work in in_order]
         self._counts = StepCounts(
             [work.entries["step"] for work in in_order],
             [work.group for work in in_order],

@@ -190,7 +190,7 @@ class Plan:
             in_order += [its_works[i] for i in plan.order]
         self._known_grads = {id(work.param): (work.grad_layout, work.is_aligned) for work in in_order}
         order = [work.index - self._first_index for work in in_order]
-        self._outside = [i for i in _first_occurrences(params) if i not in set(order)]
+        self._outside = sorted(set(_first_occurrences(params)) - set(order))
         if not in_order:
             return Members([], [], [], [])
         self._signature = Signature(

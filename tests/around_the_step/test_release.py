@@ -158,23 +158,34 @@ class Tied(nn.Module):
         self.head.weight = self.embedding.weight
         self.unused = nn.Parameter(torch.ones(3))
         self.frozen = nn.Parameter(torch.ones(6), requires_grad=False)
-        self.counts = nn.Parameter(torch.ones(6, dtype=torch.int64), requires_grad=False)
 
     def forward(self, tokens):
         return self.head(self.inner(self.inner(self.embedding(tokens))) * self.frozen).square().mean()
 
 
-def test_tied_unused_frozen_and_integer_parameters(device, path):
+def test_tied_unused_and_frozen_parameters(device, path):
     pair = Released(lambda: Tied().to(device))
     tokens = torch.tensor([[1, 4, 4, 10, 0]], device=device)
     for _ in range(3):
         pair.step(tokens)
     model = pair.released
     assert float(pair.optimizer.state[model.head.weight]["step"]) == 3
-    for untouched in (model.unused, model.frozen, model.counts):
+    for untouched in (model.unused, model.frozen):
         assert not pair.optimizer.state.get(untouched)
         assert torch.equal(untouched, torch.ones_like(untouched))
     assert not model.frozen.requires_grad
+
+
+def test_an_integer_parameter_is_left_alone(device, path):
+    """The optimizer accepts it, as torch does; it never has a gradient."""
+    model = nn.ParameterList([nn.Parameter(torch.ones(4, dtype=torch.int64, device=device), requires_grad=False)])
+    model.append(nn.Parameter(torch.ones(4, device=device)))
+    optimizer = AdamW(model.parameters(), **OPTIONS)
+    handle = register_gradient_release(model, optimizer)
+    model[1].sum().backward()
+    assert model[1].grad is None and (model[1] < 1).all()
+    assert torch.equal(model[0], torch.ones_like(model[0])) and not optimizer.state.get(model[0])
+    handle.remove()
 
 
 def test_one_parameter_in_two_groups_is_stepped_once_in_its_first(device, path):
