@@ -215,12 +215,13 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update()
+        self._update(self._plans[0], self.param_groups)
         return loss
 
-    @torch.no_grad()
-    def _update(self) -> None:
-        self._plans[0].step(self.param_groups, self.state, self._step_inputs())
+    def _update(self, plan: Plan, groups: list[dict[str, Any]]) -> None:
+        # State must outlive a step taken in inference mode; leaving that turns autograd on.
+        with torch.inference_mode(False), torch.no_grad():
+            plan.step(groups, self.state, self._step_inputs())
 
     def _step_inputs(self) -> StepInputs:
         # The scaler's are set by torch.amp.GradScaler for the duration of a step.
@@ -240,7 +241,7 @@ class AdamW(Optimizer):
 
     def _decision_on(self, device: torch.device) -> GradDecision:
         if device not in self._decisions:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False):
                 self._decisions[device] = GradDecision(device)
         return self._decisions[device]
 

@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,19 +103,16 @@ class Plan:
         works = self._works(with_grad, params, grads, groups, state) if with_grad else []
         _check(works, groups)
         capturing = is_capturing()
-        if capturing and (members is None or any(work.param.is_cuda for work in works)):
-            _refuse_capture(groups)
+        if capturing:
+            _check_capture(groups, members is not None and not any(work.param.is_cuda for work in works))
         eager_works = [work for work in works if not launch.can_launch(work.param)]
-        if members is None or works:
-            # State must outlive a step taken in inference mode; leaving that turns autograd on.
-            with torch.inference_mode(False), torch.no_grad():
-                for work in works:
-                    state.setdefault(work.param, work.entries)
-                    amsgrad = groups[work.group]["amsgrad"]
-                    _storage_of(work, groups).complete(work.param, work.entries, amsgrad=amsgrad)
-                eager.place_steps(eager_works)
-                if members is None:
-                    members = self._build(works, options, params, grads, groups, state, inputs)
+        for work in works:
+            state.setdefault(work.param, work.entries)
+            amsgrad = groups[work.group]["amsgrad"]
+            _storage_of(work, groups).complete(work.param, work.entries, amsgrad=amsgrad)
+        eager.place_steps(eager_works)
+        if members is None:
+            members = self._build(works, options, params, grads, groups, state, inputs)
         if eager_works or any(grad is not None for grad in members.grads):
             self._launch(members, eager_works, groups, hyperparams, inputs, capturing)
 
@@ -187,6 +184,7 @@ class Plan:
             _set_turns(its_works)
             plan = DevicePlan(its_works, groups, need_norm=inputs.norm_options.need_norm, statistics=inputs.statistics)
             self._devices.append((plan, slice(len(in_order), len(in_order) + len(its_works))))
+            inputs.decision_on(device)  # which a capture could not make
             in_order += [its_works[i] for i in plan.order]
         self._known_grads = {id(work.param): (work.grad_layout, work.is_aligned) for work in in_order}
         order = [work.index - self._first_index for work in in_order]
@@ -269,17 +267,23 @@ def is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def _refuse_capture(groups: Sequence[Mapping[str, Any]]) -> NoReturn:
+def _check_capture(groups: Sequence[Mapping[str, Any]], is_prepared: bool) -> None:
+    """Refuse to be captured in a CUDA graph.
+
+    Raises:
+        RuntimeError: not all groups are capturable, or the step needs what has not been made before the capture.
+    """
     if not all(group["capturable"] for group in groups):
         raise RuntimeError(
             "step() cannot be captured in a CUDA graph unless it was announced: build the optimizer with "
             "capturable=True, or capture forward and backward only"
         )
-    raise RuntimeError(
-        "step() can be captured in a CUDA graph only after one like it outside, which allocates what the graph uses: "
-        "take a warm-up step with gradients for the same parameters and with the same options, on a side stream, "
-        "before the capture"
-    )
+    if not is_prepared:
+        raise RuntimeError(
+            "step() can be captured in a CUDA graph only after one like it outside, which allocates what the graph "
+            "uses: take a warm-up step with gradients for the same parameters and with the same options, on a side "
+            "stream, before the capture"
+        )
 
 
 def _first_occurrences(params: Sequence[Tensor]) -> list[int]:

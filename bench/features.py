@@ -114,12 +114,13 @@ def _released(params: Sequence[Tensor], policy: Policy, moments: peers.Moments) 
         return call
 
     def ours_in_backward() -> Call:
+        optimizer = _ours(params, policy, moments, Features())
+        handle = register_gradient_release(nn.ParameterList(params), optimizer)
         # Parameters belong to all providers: outside of its own calls this one only lets gradients accumulate.
-        handle = register_gradient_release(nn.ParameterList(params), _ours(params, policy, moments, Features()))
         inactive = ExitStack()
         inactive.enter_context(handle.accumulate())
 
-        def call() -> None:
+        def call(optimizer: AdamW = optimizer) -> None:  # with which the release would end
             inactive.close()
             backward()
             inactive.enter_context(handle.accumulate())

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..optimizer import AdamW
@@ -60,38 +59,34 @@ def register_gradient_release(model: nn.Module, optimizer: AdamW) -> GradientRel
 
 
 class GradientRelease:
-    """Handle of `register_gradient_release`."""
+    """Handle of `register_gradient_release`; the hooks work without it too."""
 
     def __init__(self, optimizer: AdamW) -> None:
         self._optimizer = weakref.ref(optimizer)
         self._accumulating = False
+        self._plans: list[Plan] = []
+        self._hooks: list[Any] = []
+        seen: set[int] = set()
         # By index: load_state_dict makes new groups.
         owners = [(param, index) for index, group in enumerate(optimizer.param_groups) for param in group["params"]]
-        first: dict[int, tuple[Tensor, int, int]] = {}
         for number, (param, index) in enumerate(owners):
-            first.setdefault(id(param), (param, index, number))
-        self._hooks = [self._hook(optimizer, *place) for place in first.values()]
+            can_have_grad = param.is_floating_point() or param.is_complex()
+            if can_have_grad and id(param) not in seen:
+                seen.add(id(param))
+                self._plans.append(Plan(number))
+                self._hooks.append(self._hook(param, index, self._plans[-1]))
+        optimizer._plans += self._plans
         # Parameters outlive their optimizer: hooks must not stay behind.
         weakref.finalize(optimizer, _remove, self._hooks)
         _RELEASED.add(optimizer)
 
-    def _hook(self, optimizer: AdamW, param: Tensor, group: int, number: int) -> Any:
-        plan = Plan(number)
-        optimizer._plans.append(plan)
-        alive = weakref.ref(self)
-
-        def on_accumulated(param: Tensor) -> None:
-            release = alive()
-            if release is not None:
-                release._step(param, group, plan)
-
+    def _hook(self, param: Tensor, group: int, plan: Plan) -> Any:
         requires_grad = param.requires_grad
         param.requires_grad_()  # only then it takes hooks, and it may be unfrozen later
-        hook = param.register_post_accumulate_grad_hook(on_accumulated)
+        hook = param.register_post_accumulate_grad_hook(lambda param: self._step(param, group, plan))
         param.requires_grad_(requires_grad)
         return hook
 
-    @torch.no_grad()
     def _step(self, param: Tensor, group: int, plan: Plan) -> None:
         optimizer = self._optimizer()
         if self._accumulating or optimizer is None:
@@ -99,17 +94,16 @@ class GradientRelease:
         if optimizer.max_grad_norm is not None:
             raise ValueError(f"gradient release: {_needs_all_gradients(optimizer)}")
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning rate schedulers look for
-        alone = {**optimizer.param_groups[group], "params": [param]}
-        plan.step([alone], optimizer.state, optimizer._step_inputs())
+        optimizer._update(plan, [{**optimizer.param_groups[group], "params": [param]}])
         param.grad = None
 
     def remove(self) -> None:
-        """Go back to `optimizer.step()`."""
-        _remove(self._hooks)
+        """Go back to `optimizer.step()`; a second time it does nothing."""
         optimizer = self._optimizer()
-        if optimizer is not None:
+        if optimizer is not None and self._hooks:
             _RELEASED.discard(optimizer)
-            del optimizer._plans[1:]
+            optimizer._plans = [plan for plan in optimizer._plans if plan not in self._plans]
+        _remove(self._hooks)
 
     @contextmanager
     def accumulate(self) -> Iterator[None]:
