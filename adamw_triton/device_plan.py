@@ -14,7 +14,7 @@ from .device_table import DeviceTable
 from .grad_control import GradDecision, GradNormOptions, GradScalerInputs
 from .hyperparams import Hyperparams
 from .launch_group import LaunchGroup, ParamWork, group_works, n_programs
-from .step_counts import HYPER_WORDS, StepCounts, hyperparam_words
+from .step_counts import HYPER_WORDS, StepCounts, packed_hyperparams
 
 
 class Members(NamedTuple):
@@ -23,16 +23,21 @@ class Members(NamedTuple):
     Attributes:
         grads: None where there is none.
         entries: the optimizer's state of each.
-        grad_addresses: 0 where there is none.
+        grad_addresses: int64 of each, packed; 0 where there is none.
+        all_present: whether all have gradients.
     """
 
     params: list[Tensor]
     grads: list[Tensor | None]
     entries: list[dict[str, Any]]
-    grad_addresses: list[int]
+    grad_addresses: bytes
+    all_present: bool
 
     def part(self, span: slice) -> Members:
-        return Members(self.params[span], self.grads[span], self.entries[span], self.grad_addresses[span])
+        if span == slice(0, len(self.params)):
+            return self
+        packed = self.grad_addresses[8 * span.start : 8 * span.stop]
+        return Members(self.params[span], self.grads[span], self.entries[span], packed, self.all_present)
 
 
 class DevicePlan:
@@ -90,6 +95,8 @@ class DevicePlan:
             GradNorms(in_order, [key.aligned for key, members in launches for _ in members]) if need_norm else None
         )
         self._streams = {self._stream()}
+        self._known_hyperparams: Sequence[Hyperparams] = ()
+        self._packed_hyperparams = b""
 
     @property
     def aligned(self) -> list[bool]:
@@ -111,10 +118,11 @@ class DevicePlan:
         """
         self._use_stream(capturing)
         copies: list[Tensor] = []
-        words: list[int] = []
-        for of_group in hyperparams:
-            words += hyperparam_words(of_group, self.device, copies, capturing=capturing)
-        self._inputs.write(words + members.grad_addresses, capturing=capturing)
+        if hyperparams is not self._known_hyperparams or capturing:
+            rows = [packed_hyperparams(each, self.device, copies, capturing=capturing) for each in hyperparams]
+            self._packed_hyperparams = b"".join(rows)
+            self._known_hyperparams = hyperparams
+        self._inputs.write(self._packed_hyperparams + members.grad_addresses, capturing=capturing)
         return copies
 
     def decide(self, decision: GradDecision, scaler: GradScalerInputs, options: GradNormOptions) -> None:
@@ -135,7 +143,7 @@ class DevicePlan:
             members: of this device, whose gradients `write_inputs` has told.
             decision: what the step is subject to, on this device: `decided` already, or to be made from `scaler`.
         """
-        params, grads, all_entries, addresses = members
+        params, grads, all_entries, _, all_present = members
         self._counts.advance(self._grads, self._hyperparams, decision, scaler.to(self.device), decided=decided)
         values = None if decision is None else decision.values
         launched = 0
@@ -146,17 +154,18 @@ class DevicePlan:
                 launched = group.span.stop
         finally:
             if launched < len(params):
-                self._take_back(members.part(slice(launched, None)), values)
-            # Autograd does not see what a kernel writes.
-            all_stepped = launched == len(params) and 0 not in addresses
-            if not all_stepped:
+                self._take_back(grads[launched:], all_entries[launched:], values)
+            if launched < len(params) or not all_present:
                 params = [p for p, g in zip(params[:launched], grads, strict=False) if g is not None]
+            # Autograd does not see what a kernel writes.
             torch.autograd.graph.increment_version(params)
 
     @staticmethod
-    def _take_back(members: Members, decision: Tensor | None) -> None:
+    def _take_back(
+        grads: Sequence[Tensor | None], all_entries: Sequence[dict[str, Any]], decision: Tensor | None
+    ) -> None:
         """Take back the counts of updates that were not launched."""
-        for grad, entries in zip(members.grads, members.entries, strict=True):
+        for grad, entries in zip(grads, all_entries, strict=True):
             if grad is not None:
                 entries["step"].sub_(1.0 if decision is None else (decision[1] == 0).to(torch.float32))
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -29,21 +26,19 @@ class DeviceTable:
 
     def __init__(self, size: int, device: torch.device, *, capturable: bool) -> None:
         self.tensor = torch.zeros(size, dtype=torch.int64, device=device)
-        self._content: Sequence[int] | None = None
+        self._content: bytes | None = None
         self._is_replayed = False  # graphs write it too, at times that the host does not know
         self._capturable = capturable and device.type == "cuda"
         self._spare: list[Tensor] = []
         self._captured: list[Tensor] = []
         self._reserve()
 
-    def write(self, content: Sequence[int], *, capturing: bool) -> None:
-        """Write the words of `content` unless they are there already; in a graph, write them at each replay."""
+    def write(self, content: bytes, *, capturing: bool) -> None:
+        """Write int64 words unless they are there already; in a graph, write them at each replay."""
         if content == self._content and not capturing and not self._is_replayed:
             return
-        words = torch.frombuffer(array("q", content), dtype=torch.int64) if content else None
         self._content = None if capturing else content
-        if words is None:
-            return
+        words = torch.frombuffer(bytearray(content), dtype=torch.int64)
         if capturing:
             self._is_replayed = True
             if not self._spare and self._capturable:

@@ -54,6 +54,8 @@ class GradScalerInputs(NamedTuple):
     found_inf: Tensor | None = None
 
     def to(self, device: torch.device) -> GradScalerInputs:
+        if not self.present:
+            return self
         return GradScalerInputs(*(None if tensor is None else move(tensor, device) for tensor in self))
 
     @property

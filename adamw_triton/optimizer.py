@@ -219,8 +219,10 @@ class AdamW(Optimizer):
         return loss
 
     def _update(self, plan: Plan, groups: list[dict[str, Any]]) -> None:
-        # State must outlive a step taken in inference mode; leaving that turns autograd on.
-        with torch.inference_mode(False), torch.no_grad():
+        if torch.is_inference_mode_enabled():  # which state must outlive
+            with torch.inference_mode(False):
+                return self._update(plan, groups)
+        with torch.no_grad():
             plan.step(groups, self.state, self._step_inputs())
 
     def _step_inputs(self) -> StepInputs:
@@ -236,8 +238,10 @@ class AdamW(Optimizer):
     @property
     def _home(self) -> torch.device:
         """Device of the first parameter."""
-        params = (param for group in self.param_groups for param in group["params"])
-        return next((param.device for param in params), torch.device("cpu"))
+        for group in self.param_groups:
+            for param in group["params"]:
+                return param.device
+        return torch.device("cpu")
 
     def _decision_on(self, device: torch.device) -> GradDecision:
         if device not in self._decisions:

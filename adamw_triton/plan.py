@@ -18,6 +18,7 @@ change. Parameters on devices without kernels are stepped one by one in eager to
 
 from __future__ import annotations
 
+import struct
 from collections import defaultdict
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from itertools import chain
@@ -41,7 +42,7 @@ _options_of = itemgetter(
     "foreach", "amsgrad", "maximize", "capturable", "differentiable", "cautious", *StorageOptions._fields
 )
 _values_of = itemgetter("lr", "betas", "eps", "weight_decay", "decouple_lr")
-_grad_of = attrgetter("grad")
+_params_of, _grad_of = itemgetter("params"), attrgetter("grad")
 
 
 class StepInputs(NamedTuple):
@@ -90,7 +91,7 @@ class Plan:
         Raises:
             RuntimeError, ValueError, TypeError: of `validation`; nothing has been written then.
         """
-        params = [param for group in groups for param in group["params"]]
+        params = list(chain.from_iterable(map(_params_of, groups)))
         grads: list[Tensor | None] = list(map(_grad_of, params))
         hyperparams = self._read_hyperparams(groups)
         sizes = [len(group["params"]) for group in groups]
@@ -190,7 +191,7 @@ class Plan:
         order = [work.index - self._first_index for work in in_order]
         self._outside = sorted(set(_first_occurrences(params)) - set(order))
         if not in_order:
-            return Members([], [], [], [])
+            return Members([], [], [], b"", True)
         self._signature = Signature(
             options,
             len(params),
@@ -344,10 +345,10 @@ def _without_gaps(members: Members, with_gaps: Sequence[int]) -> Members:
     """Return members whose gradients can be walked through memory: those with gaps are copied."""
     if not with_gaps:
         return members
-    grads, addresses = list(members.grads), list(members.grad_addresses)
+    grads, addresses = list(members.grads), bytearray(members.grad_addresses)
     for i in with_gaps:
         grad = grads[i]
         if grad is not None:
             grads[i] = copy = grad.contiguous()
-            addresses[i] = copy.data_ptr()
-    return members._replace(grads=grads, grad_addresses=addresses)
+            struct.pack_into("=q", addresses, 8 * i, copy.data_ptr())
+    return members._replace(grads=grads, grad_addresses=bytes(addresses))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import reduce
+import struct
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
-from operator import attrgetter, is_, itemgetter, or_
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +16,7 @@ from .device_plan import Members
 from .launch_group import ALIGNMENT, GradLayout
 from .strides import fill_memory
 
-_dtype_of, _shape_of = attrgetter("dtype"), attrgetter("shape")
+_ALIGNED = bytes(range(0, 256, ALIGNMENT))  # lowest bytes of addresses
 NO_ELEMENTS = ALIGNMENT  # stands for the address of an empty gradient, which has none: 0 is one that is missing
 
 
@@ -53,9 +55,11 @@ class Signature:
         self._addresses = list(map(Tensor.data_ptr, tensors))
         self._layouts = _guards(tensors)
         self._grad_layouts = list(grad_layouts)
-        self._grad_guards: Any = None  # made when all gradients are there
+        self._each_grad: list[Callable[[Tensor], bool]] = [partial(self._meet, i) for i in range(len(grad_layouts))]
+        self._all_grads: Any = None  # made when all are there
         self._aligned = aligned
-        self._checked: list[int] = []  # addresses of gradients that were found to be aligned
+        self._last_addresses: list[int] = []  # of gradients, aligned where they must be
+        self._last_packed = b""
         self._empty = [i for i, param in enumerate(params) if param.numel() == 0]
         self.with_gaps = [i for i, of in enumerate(grad_layouts) if not fill_memory(of.shape, of.stride)]
 
@@ -86,44 +90,48 @@ class Signature:
             return None
         if not unchanged:
             return None
-        addresses = self._grad_addresses(its_grads)
-        return None if addresses is None else Members(its_params, its_grads, entries, addresses)
+        present = [grad for grad in its_grads if grad is not None]
+        addresses = self._grad_addresses(its_grads, present)
+        if addresses is None:
+            return None
+        return Members(its_params, its_grads, entries, addresses, len(present) == len(its_grads))
 
     def _tensors(self, params: Sequence[Tensor], entries: Sequence[Any]) -> list[Tensor]:
         columns = [map(itemgetter(name), entries[span]) for span, names in self._spans for name in names]
         return [*params, *chain.from_iterable(columns)]
 
-    def _grad_addresses(self, grads: Sequence[Tensor | None]) -> list[int] | None:
-        """Return the addresses of gradients, or None if one is not like that which the plan was built for."""
-        present = [grad for grad in grads if grad is not None]
-        if len(present) < len(grads):
-            expected = [layout for layout, grad in zip(self._grad_layouts, grads, strict=True) if grad is not None]
-            if _grad_layouts(present) != expected:
-                return None
-            addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
-        else:
-            if self._grad_guards is None and _grad_layouts(present) == self._grad_layouts:
-                self._grad_guards = _guards(present)
-            if self._grad_guards is None or not self._grad_guards.check(*present):
+    def _grad_addresses(self, grads: list[Tensor | None], present: list[Tensor]) -> bytes | None:
+        """Return the packed addresses, or None if a gradient is not like that which the plan was built for."""
+        if len(present) == len(grads) and self._all_grads is not None:
+            if not self._all_grads.check(*present):
                 return None
             addresses = list(map(Tensor.data_ptr, present))
+        else:
+            if not all(check(grad) for check, grad in zip(self._each_grad, grads, strict=True) if grad is not None):
+                return None
+            addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
+            if len(present) == len(grads):
+                self._all_grads = _guards(present)
         for i in self._empty:
             if grads[i] is not None:
                 addresses[i] = NO_ELEMENTS
-        if addresses != self._checked:
-            if reduce(or_, addresses, 0) % ALIGNMENT and not self._fit_alignment(addresses):
+        if addresses != self._last_addresses:
+            packed = struct.pack(f"={len(addresses)}q", *addresses)
+            low_bytes = packed[:: 8 if sys.byteorder == "little" else -8]
+            if low_bytes.translate(None, _ALIGNED) and not self._fit_alignment(addresses):
                 return None
-            self._checked = addresses
-        return addresses
+            self._last_addresses, self._last_packed = addresses, packed
+        return self._last_packed
+
+    def _meet(self, index: int, grad: Tensor) -> bool:
+        """Check a gradient for the first time; it may have been missing when the plan was built."""
+        if GradLayout.of(grad) != self._grad_layouts[index]:
+            return False
+        self._each_grad[index] = _guards([grad]).check
+        return True
 
     def _fit_alignment(self, addresses: Sequence[int]) -> bool:
         return not any(must and address % ALIGNMENT for must, address in zip(self._aligned, addresses, strict=True))
-
-
-def _grad_layouts(grads: Sequence[Tensor]) -> list[tuple[Any, ...]]:
-    """Return the fields of each gradient's `GradLayout`."""
-    columns = (_dtype_of, _shape_of, Tensor.stride, Tensor.is_neg)
-    return list(zip(map(type, grads), *(map(column, grads) for column in columns), strict=True))
 
 
 def _guards(tensors: Sequence[Tensor]) -> Any:

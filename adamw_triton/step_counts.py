@@ -60,7 +60,7 @@ class StepCounts:
 
         Args:
             grads: int64 [n_params], addresses of the gradients, 0 where there is none.
-            hyperparams: int64 [n_groups * HYPER_WORDS], of `hyperparam_words`.
+            hyperparams: int64 [n_groups * HYPER_WORDS], of `packed_hyperparams`.
             decision: what the step is subject to, if anything: `decided` already, or to be made from `scaler`.
             scaler: on the device.
         """
@@ -69,17 +69,15 @@ class StepCounts:
         )
 
 
-def hyperparam_words(
+def packed_hyperparams(
     hyperparams: Hyperparams, device: torch.device, copies: list[Tensor], *, capturing: bool
-) -> tuple[int, ...]:
+) -> bytes:
     """Return a param group's row of the table: numbers, and addresses of tensors that the kernel can read.
 
     Args:
         copies: to which tensors are added that must live until the kernel has run.
         capturing: whether a CUDA graph is being captured, whose replays read the tensors anew.
     """
-    if not any(isinstance(value, Tensor) for value in hyperparams):
-        return (*struct.unpack("=6q", struct.pack("=6d", *hyperparams)), 0, 0, 0, 0)
     numbers: list[float] = []
     addresses: list[int] = []
     for value in hyperparams:
@@ -102,7 +100,7 @@ def hyperparam_words(
         numbers.append(value)
         addresses.append(address)
     lr, beta1, beta2, _, weight_decay, _ = addresses
-    return (*struct.unpack("=6q", struct.pack("=6d", *numbers)), lr, beta1, beta2, weight_decay)
+    return struct.pack("=6d4q", *numbers, lr, beta1, beta2, weight_decay)
 
 
 def place_steps(all_entries: Sequence[MutableMapping[str, Any]], device: torch.device) -> None:
