@@ -24,13 +24,14 @@ class GradLayout(NamedTuple):
 
     type: type
     dtype: torch.dtype
+    device: torch.device
     shape: torch.Size
     stride: tuple[int, ...]
     is_neg: bool
 
     @classmethod
     def of(cls, grad: Tensor) -> GradLayout:
-        return cls(type(grad), grad.dtype, grad.shape, grad.stride(), grad.is_neg())
+        return cls(type(grad), grad.dtype, grad.device, grad.shape, grad.stride(), grad.is_neg())
 
 
 @dataclass(eq=False)
@@ -65,12 +66,13 @@ class ParamWork:
             known: those of former gradients, by id of the parameter: of one that is missing, and of one that moves
                 between aligned and unaligned addresses.
         """
-        layout, self.is_aligned = known.get(id(self.param), (None, True))
+        param = self.param
+        layout, self.is_aligned = known.get(id(param), (None, True))
         if self.grad is not None:
             layout = GradLayout.of(self.grad)
             self.is_aligned = self.is_aligned and self.grad.data_ptr() % ALIGNMENT == 0
-        elif layout is None or layout.shape != self.param.shape:
-            layout = GradLayout(Tensor, self.param.dtype, self.param.shape, self.param.stride(), False)
+        elif layout is None or layout.shape != param.shape:
+            layout = GradLayout(Tensor, param.dtype, param.device, param.shape, param.stride(), False)
         self.grad_layout = layout
 
     def noise_key(self, group: Mapping[str, Any]) -> NoiseKey | None:

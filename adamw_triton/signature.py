@@ -90,28 +90,24 @@ class Signature:
             return None
         if not unchanged:
             return None
-        present = [grad for grad in its_grads if grad is not None]
-        addresses = self._grad_addresses(its_grads, present)
-        if addresses is None:
-            return None
-        return Members(its_params, its_grads, entries, addresses, len(present) == len(its_grads))
+        all_present = self._all_grads is not None and self._all_grads.check(*its_grads)  # None is no tensor
+        addresses = self._grad_addresses(its_grads, all_present)
+        return None if addresses is None else Members(its_params, its_grads, entries, addresses, all_present)
 
     def _tensors(self, params: Sequence[Tensor], entries: Sequence[Any]) -> list[Tensor]:
         columns = [map(itemgetter(name), entries[span]) for span, names in self._spans for name in names]
         return [*params, *chain.from_iterable(columns)]
 
-    def _grad_addresses(self, grads: list[Tensor | None], present: list[Tensor]) -> bytes | None:
+    def _grad_addresses(self, grads: list[Any], all_present: bool) -> bytes | None:
         """Return the packed addresses, or None if a gradient is not like that which the plan was built for."""
-        if len(present) == len(grads) and self._all_grads is not None:
-            if not self._all_grads.check(*present):
-                return None
-            addresses = list(map(Tensor.data_ptr, present))
+        if all_present:
+            addresses = list(map(Tensor.data_ptr, grads))
         else:
             if not all(check(grad) for check, grad in zip(self._each_grad, grads, strict=True) if grad is not None):
                 return None
             addresses = [0 if grad is None else grad.data_ptr() for grad in grads]
-            if len(present) == len(grads):
-                self._all_grads = _guards(present)
+            if not any(grad is None for grad in grads):
+                self._all_grads = _guards(grads)
         for i in self._empty:
             if grads[i] is not None:
                 addresses[i] = NO_ELEMENTS
@@ -158,5 +154,7 @@ class _Layouts:
         return list(map(_layout, tensors)) == self._layouts
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
+def _layout(tensor: Any) -> tuple[Any, ...] | None:
+    if not isinstance(tensor, Tensor):
+        return None
     return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.is_neg()

@@ -23,6 +23,7 @@ from .records import Record
 
 COUNTS = (10, 161, 291, 1000, 10_000)  # 161: ResNet-50, 291: Llama-3-8B
 ELEMENTS = 4  # of each tensor: the CPU's own arithmetic must not count, in torch's optimizers either
+WARM_UP = 4  # steps before the one that counts
 GROWTH = (161, 1000)  # tensors between which the time of one more is taken
 FUSED, FUSED_MOVING, FUSED_GROUPS = "torch fused", "torch fused, gradients move", "torch fused, a group each"
 DESCRIPTION = """\
@@ -35,7 +36,7 @@ each step, "missing gradients" takes that of every other parameter away, of the 
 outside of what is timed. "clip and skip" needs the norm of all gradients. "a group each": every tensor is a param
 group, of three learning rates. Moving gradients and many groups are compared with torch's fused step on the same, all
 others with its plain one.
-Providers take turns, each with one step before the one that counts; median and 20th and 80th percentile, without
+Providers take turns, each with four steps before the one that counts; median and 20th and 80th percentile, without
 Python's garbage collector."""
 
 
@@ -120,8 +121,9 @@ def sample(taking_turns: dict[str, Provider], device: torch.device, seconds: flo
     try:
         while time.perf_counter() < end or min(map(len, samples.values())) < 3:
             for name, (step, before, _) in taking_turns.items():
-                before()
-                step()  # whose turn it is finds its own data in the caches, not the last one's
+                for _ in range(WARM_UP):  # whose turn it is finds its own data in the caches, not the last one's
+                    before()
+                    step()
                 before()
                 common.synchronize(device)
                 start = time.perf_counter_ns()
