@@ -49,6 +49,14 @@ def seed():
 
 
 @pytest.fixture(autouse=True)
+def defaults_come_back():
+    """A test that leaves torch's defaults changed breaks those after it."""
+    yield
+    probe = torch.empty(0)
+    assert (probe.device.type, probe.dtype) == ("cpu", torch.float32)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fresh memory is NaN, so that reading what was never written shows."""
     torch.utils.deterministic.fill_uninitialized_memory = True

@@ -9,7 +9,7 @@ from helpers import Guarded
 from adamw_triton import launch
 from adamw_triton.grad_control import GradDecision, GradScalerInputs
 from adamw_triton.hyperparams import Hyperparams, KernelScalars, kernel_scalars
-from adamw_triton.step_counts import StepCounts, hyperparam_words
+from adamw_triton.step_counts import StepCounts, packed_hyperparams
 
 HYPERPARAMS = [
     Hyperparams(1e-3, 0.9, 0.999, 1e-8, 1e-2),
@@ -53,8 +53,9 @@ class Counters:
 
     def advance(self, missing=(), decision=None, scaler=None, *, decided=False):
         grads = [0 if i in missing else 16 for i in range(len(self.steps))]
-        words = [hyperparam_words(of, self.device, self.copies, capturing=False) for of in self.hyperparams]
-        words, grads = (torch.tensor(t, device=self.device).flatten() for t in (words, grads))
+        rows = [packed_hyperparams(of, self.device, self.copies, capturing=False) for of in self.hyperparams]
+        words = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int64).to(self.device)
+        grads = torch.tensor(grads, device=self.device)
         self.counts.advance(grads, words, decision, scaler or GradScalerInputs(), decided=decided)
         self.guard.assert_untouched()
 

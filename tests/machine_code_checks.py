@@ -1,0 +1,28 @@
+"""What holds for the machine code of every kernel."""
+
+from collections import Counter
+
+
+def assert_nothing_but_global_memory(code, calls_allowed=False):
+    assert code.spills == code.local_bytes == 0
+    assert code.shared_accesses == code.shared_bytes == code.barriers == 0
+    assert code.calls == 0 or calls_allowed
+
+
+def assert_each_byte_once(variant, code):
+    assert sum(code.loads) == code.elements * sum(variant.read_widths)
+    assert sum(code.stores) == code.elements * sum(variant.written_widths)
+
+
+def assert_wide(variant, code):
+    """128 bits for the widest tensors, and for narrower ones what the same elements take: 64."""
+    widest = max(variant.read_widths)
+
+    def expected(widths):
+        counts = Counter()
+        for width in widths:
+            counts[16 * width // widest] += code.elements * widest // 16
+        return counts
+
+    assert Counter(code.loads) == expected(variant.read_widths)
+    assert Counter(code.stores) == expected(variant.written_widths)
