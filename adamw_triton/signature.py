@@ -131,7 +131,7 @@ class Signature:
 
 
 def _guards(tensors: Sequence[Tensor]) -> Any:
-    """Return an object whose `check(*tensors)` tells whether others have these types, dtypes, shapes and strides."""
+    """Return an object whose `check(*tensors)` tells whether others have these types, dtypes, devices and layouts."""
     try:
         from torch._C._dynamo.guards import TensorGuards
 
@@ -145,7 +145,7 @@ def _guards(tensors: Sequence[Tensor]) -> Any:
 
 
 class _Layouts:
-    """The same in Python, where torch does not have it: three times slower."""
+    """Does what `TensorGuards` does, in Python and three times slower, where torch does not have it."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._layouts = list(map(_layout, tensors))

@@ -69,7 +69,7 @@ class Formats(NamedTuple):
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
-        """Of all tensors that have an element for each of the parameter's."""
+        """Return the dtypes of all tensors that have an element for each of the parameter's."""
         return self[:4] if self.master is None else self[:5]  # type: ignore[return-value]
 
 
