@@ -1,5 +1,6 @@
 """The accuracy study: codes against their definitions, and that it finds what is wrong."""
 
+import functools
 import math
 
 import pytest
@@ -52,7 +53,8 @@ def test_moments_are_adamws():
     torch.testing.assert_close(total, param.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_whole_study_in_small(tmp_path):
+def test_whole_study_in_small(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "gradient_records", functools.partial(accuracy.gradient_records, steps=100))
     path = tmp_path / "accuracy.json"
     argv = ["--steps", "4", "--seeds", "2", "--update-steps", "3", "--device", "cpu", "--json", str(path)]
     assert accuracy.main(argv) == 0

@@ -299,25 +299,6 @@ def test_step_count_beyond_the_integers_of_fp32(device, path):
     assert_same(ours, theirs, mine, reference)
 
 
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
-def test_default_dtype_does_not_matter(default, device, path):
-    param = torch.randn(100)
-    results = []
-    for dtype in (torch.float32, default):
-        torch.set_default_dtype(dtype)
-        try:
-            leaf = nn.Parameter(param.clone().to(device))
-            optimizer = AdamW([leaf], lr=1e-2)
-            for _ in range(300):
-                leaf.grad = param.clone().to(device)
-                optimizer.step()
-            assert optimizer.state[leaf]["step"] == 300
-            results.append(leaf.detach())
-        finally:
-            torch.set_default_dtype(torch.float32)
-    assert torch.equal(*results)
-
-
 def test_compiled_training_step(device, path):
     model = nn.Linear(4, 3).to(device)
     twin = copy.deepcopy(model)

@@ -221,9 +221,7 @@ def test_model_and_optimizer_go_in_the_other_order(build, device, path):
 RELEASED = {
     "foreach=None": {},
     "foreach=False": {"foreach": False},
-    "statistics": {"statistics": True},
-    "capturable": {"capturable": True},
-    "skip_grad_norm_above": {"skip_grad_norm_above": 1e6},
+    "statistics and norms": {"statistics": True, "skip_grad_norm_above": 1e6},
 }
 
 
