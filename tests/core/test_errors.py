@@ -142,6 +142,7 @@ def state_that_is_no_tensor(p):
     return {"exp_avg": 0.0}
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch 2.11
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
