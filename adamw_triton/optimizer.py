@@ -13,6 +13,7 @@ from . import state_dict as state_dicts
 from .grad_control import GradDecision, GradNormOptions, GradScalerInputs
 from .hyperparams import set_decay_lr
 from .plan import Plan, StepInputs
+from .step_hooks import with_hooks
 from .storage import StateBytes, StorageOptions, master_weight
 from .validation import check_hyperparams, check_implementation, check_storage, is_trainable
 
@@ -217,6 +218,8 @@ class AdamW(Optimizer):
                 loss = closure()
         self._update(self._plans[0], self.param_groups)
         return loss
+
+    profile_hook_step = staticmethod(with_hooks)  # which torch wraps `step` in
 
     def _update(self, plan: Plan, groups: list[dict[str, Any]]) -> None:
         if torch.is_inference_mode_enabled():  # which state must outlive

@@ -221,7 +221,7 @@ def test_closure_hooks_and_profiler(device, path):
         seen.append("closure")
         return loss
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         loss = optimizer.step(closure)
     assert loss.item() == 5
     assert seen == ["before", "closure", "after"]
