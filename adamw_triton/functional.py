@@ -147,8 +147,8 @@ def adamw_(
         param_remainder: int16 or int8, in the shape of a bfloat16 param: what completes it to its master weight.
         master_param: float32 in param's shape: the master weight, which param is rounded from.
         exp_avg_scale, exp_avg_sq_scale: float32 [ceil(n / 128)] for n elements, with 8-bit moments.
-        stochastic_rounding: round what is stored in bfloat16, and a remainder of 8 bits, stochastically, by random
-            bits of (seed, step, stream, index of the element).
+        stochastic_rounding: round what is stored in bfloat16, 8-bit moments and a remainder of 8 bits stochastically,
+            by random bits of (seed, step, stream, index of the element).
         stream: number that tells parameters apart.
         element_offset: index of param's first element in the tensor whose slice it is.
 

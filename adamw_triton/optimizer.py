@@ -71,8 +71,8 @@ class AdamW(Optimizer):
         exp_avg_sq_dtype: storage of v: float32, bfloat16, float16 (of float16 parameters), or uint8 with scales.
         master_weight_bits: 32: bfloat16 parameters have a remainder of 16 bits, which makes them exact float32
             weights, and float16 parameters a float32 master; 24: bfloat16 parameters have one of 8 bits.
-        stochastic_rounding: round what is stored in bfloat16, and 24-bit weights, up or down with the probabilities
-            that make the mean exact.
+        stochastic_rounding: round what is stored in bfloat16, 8-bit moments and 24-bit weights up or down with the
+            probabilities that make the mean exact. Recommended with 8-bit moments.
         seed: of stochastic rounding.
         cautious: decay only where that moves the parameter as the update does (https://arxiv.org/abs/2510.12402).
         decouple_lr: decay by weight_decay * lr / initial lr, as in the paper: a change of the learning rate does not

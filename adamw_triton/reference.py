@@ -77,12 +77,18 @@ def adamw_(
     if statistics is not None and old is not None:
         statistics.copy_(torch.stack([value.double().square().sum() for value in (p - old, p)]))
 
-    of_param, of_exp_avg, of_exp_avg_sq = (None,) * 3 if noise_key is None else storage.noise(noise_key, int(step), p)
+    of_param, of_exp_avg, of_exp_avg_sq = (None,) * 3 if noise_key is None else _noise(noise_key, step, param, state, p)
     _store_param(param, state, p, of_param)
     _store("exp_avg", state, m, of_exp_avg)
     _store("exp_avg_sq", state, v, of_exp_avg_sq)
     if state.max_exp_avg_sq is not None and largest is not None:
         _write(state.max_exp_avg_sq, largest, of_exp_avg_sq)
+
+
+def _noise(key: NoiseKey, step: float, param: Tensor, state: StateTensors, new_param: Tensor) -> Iterable[Tensor]:
+    dtypes = [state.exp_avg.dtype, state.exp_avg_sq.dtype, *([param.dtype] if state.master is None else [])]
+    guarded = new_param if torch.bfloat16 in dtypes else None  # a NaN to which bits are added can become a number
+    return storage.noise(key, int(step), param.numel(), guarded, param.device)
 
 
 def _load_param(param: Tensor, state: StateTensors) -> Tensor:
@@ -119,7 +125,7 @@ def _store(name: str, state: StateTensors, value: Tensor, noise: Tensor | None) 
     if scale is None:
         _write(stored, value, noise)
     else:
-        _write_all((stored, scale), storage.encode(name, value))
+        _write_all((stored, scale), storage.encode(name, value, noise))
 
 
 def _write_all(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:

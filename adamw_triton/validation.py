@@ -240,11 +240,13 @@ def check_rounding(param: Tensor, entries: Mapping[str, Any], *, stochastic: boo
     remainder = entries.get("param_remainder")
     stored = [entries["exp_avg"].dtype, entries["exp_avg_sq"].dtype]
     stored += [param.dtype] if remainder is None and "master_param" not in entries else []
-    rounds = torch.bfloat16 in stored or (remainder is not None and remainder.dtype == torch.int8)
+    rounds = any(dtype in stored for dtype in (torch.bfloat16, *CODES.values()))
+    rounds = rounds or (remainder is not None and remainder.dtype == torch.int8)
     if param.dtype not in _UP_TO_FP32 or not rounds:
         raise ValueError(
-            f"stochastic_rounding=True rounds what is stored in bfloat16, and 24-bit master weights, of float32, "
-            f"bfloat16 and float16 parameters; got a parameter of {param.dtype}, moments of {stored[0]} and {stored[1]}"
+            f"stochastic_rounding=True rounds what is stored in bfloat16, 8-bit moments and 24-bit master weights, of "
+            f"float32, bfloat16 and float16 parameters; got a parameter of {param.dtype}, moments of {stored[0]} and "
+            f"{stored[1]}"
         )
 
 
@@ -271,8 +273,8 @@ def check_storage(options: Mapping, params: Sequence[Tensor]) -> None:
         _check_storage_of(param, options, bits)
     if options["stochastic_rounding"] and params and not _rounds_something(options, params):
         raise ValueError(
-            "stochastic_rounding=True rounds what is stored in bfloat16, and 24-bit master weights; this group has "
-            "neither. Leave it out, or store the moments in bfloat16"
+            "stochastic_rounding=True rounds what is stored in bfloat16, 8-bit moments and 24-bit master weights; this "
+            "group has none of them. Leave it out, or store the moments in bfloat16 or 8 bits"
         )
 
 
@@ -307,7 +309,9 @@ def _rounds_something(options: Mapping, params: Sequence[Tensor]) -> bool:
     for param in params:
         default = param.dtype if bits is None else torch.float32
         moments = (options["exp_avg_dtype"] or default, options["exp_avg_sq_dtype"] or default)
-        if torch.bfloat16 in moments or (param.dtype == torch.bfloat16 and bits != 32):
+        if any(dtype in moments for dtype in (torch.bfloat16, *CODES.values())) or (
+            param.dtype == torch.bfloat16 and bits != 32
+        ):
             return True
     return False
 

@@ -40,7 +40,15 @@ LR, WEIGHT_DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.95), 1e-8
 MAX_GRAD_NORM = 1.0
 BASELINE = "fp32"
 TORCH = "torch bf16"
-TRAINED = (BASELINE, "bf16-master32", "bf16-master24-8bit", "bf16-stochastic", TORCH)
+TRAINED = (
+    BASELINE,
+    "bf16-master32",
+    "bf16-master24-8bit",
+    "bf16-master24-8bit-stochastic",
+    "bf16-stochastic",
+    TORCH,
+)
+PARTS = ("training", "update", "gradients")
 POINTS = 50  # of a loss curve, each the mean of the steps since the last
 VALIDATION_BATCHES = 32
 
@@ -249,6 +257,7 @@ def add_options(parser: common.Parser) -> None:
     add("--steps", type=common.positive_int, default=1500, help="of each training run")
     add("--seeds", type=common.positive_int, default=3, help="how many")
     add("--update-steps", type=common.positive_int, default=300, help="of the run that gives gradients")
+    add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
     add("--device", type=common.device, default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
 
 
@@ -256,14 +265,16 @@ def measure(options: argparse.Namespace, console: Console | None = None) -> list
     def show(iterable: Any, title: str, total: int) -> Any:
         return track(iterable, title, total, console=console, disable=console is None)
 
-    runs = [(name, seed) for seed in range(options.seeds) for name in TRAINED]
-    found = [
-        training_record(name, seed, options.steps, options.device) for name, seed in show(runs, "training", len(runs))
-    ]
-    found += summaries(found)
-    steps = options.update_steps
-    found += update_records(steps, options.device, lambda run: show(run, "updates", steps + 1))
-    return found + gradient_records()
+    found: list[Record] = []
+    if "training" in options.only:
+        runs = [(name, seed) for seed in range(options.seeds) for name in TRAINED]
+        for name, seed in show(runs, "training", len(runs)):
+            found.append(training_record(name, seed, options.steps, options.device))
+        found += summaries(found)
+    if "update" in options.only:
+        steps = options.update_steps
+        found += update_records(steps, options.device, lambda run: show(run, "updates", steps + 1))
+    return found + (gradient_records() if "gradients" in options.only else [])
 
 
 TABLES = {
@@ -285,7 +296,8 @@ def main(argv: list[str]) -> int:
     options = parser.parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
     found = measure(options, console)
-    for case, columns in TABLES.items():
+    for case in options.only:
+        columns = TABLES[case]
         rows = [r for r in found if r["case"] == case or r["case"].startswith(f"{case}, beta2")]
         console.print(records.table(case, rows, columns))
     if options.json:

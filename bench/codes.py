@@ -37,6 +37,16 @@ def _ours(name: str) -> Callable[[Tensor], Tensor]:
     return lambda value: storage.decode(name, *storage.encode(name, value))
 
 
+def _ours_stochastic(name: str) -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def store(value: Tensor) -> Tensor:
+        noise = torch.randint(2**16, (value.numel(),), dtype=torch.int32, generator=generator)
+        return storage.decode(name, *storage.encode(name, value, noise))
+
+    return store
+
+
 def _linear(value: Tensor) -> Tensor:
     relative, scale = _grouped(value, storage.GROUP_SIZE)
     return _restored((relative * 127).round() / 127, scale, value)
@@ -99,6 +109,9 @@ CODES = {
     "fp32": Code(_same, _same, 8),
     "bf16": Code(_bf16, _bf16, 4),
     "adamw_triton 8-bit": Code(_ours("exp_avg"), _ours("exp_avg_sq"), 2 + 2 * 4 / 128),
+    "adamw_triton 8-bit, stochastic": Code(
+        _ours_stochastic("exp_avg"), _ours_stochastic("exp_avg_sq"), 2 + 2 * 4 / 128
+    ),
     "flashoptim 8-bit": Code(_softsign, _root_of_32, 2 + 2 * 2 / 32),
     "torchao 8-bit": Code(_dynamic(signed=True), _dynamic(signed=False), 2 + 2 * 4 / 256),
     "linear 8-bit": Code(_linear, _linear_root, 2 + 2 * 4 / 128),

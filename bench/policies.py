@@ -123,6 +123,7 @@ POLICIES = [
     Policy("fp32", _fp32, _fp32, _fp32, _fp32),
     Policy("fp32-amsgrad", _fp32, _fp32, _fp32, _fp32, amsgrad=True),
     Policy("fp32-8bit", _fp32, _fp32, _int8, _uint8),
+    Policy("fp32-8bit-stochastic", _fp32, _fp32, _int8, _uint8, stochastic_rounding=True),
     Policy("bf16-grad", _fp32, _bf16, _fp32, _fp32),
     Policy("bf16-state", _fp32, _fp32, _bf16, _bf16),
     Policy("bf16-param-grad", _bf16, _bf16, _fp32, _fp32),
@@ -130,6 +131,9 @@ POLICIES = [
     Policy("bf16-master32", _bf16, _bf16, _fp32, _fp32, master_weight_bits=32),
     Policy("bf16-master32-bf16", _bf16, _bf16, _bf16, _bf16, master_weight_bits=32),
     Policy("bf16-master24-8bit", _bf16, _bf16, _int8, _uint8, master_weight_bits=24),
+    Policy(
+        "bf16-master24-8bit-stochastic", _bf16, _bf16, _int8, _uint8, master_weight_bits=24, stochastic_rounding=True
+    ),
     Policy("bf16-stochastic", _bf16, _bf16, _bf16, _bf16, stochastic_rounding=True),
     Policy("fp16", _fp16, _fp16, _fp16, _fp16),
     Policy("fp16-master32", _fp16, _fp16, _fp32, _fp32, master_weight_bits=32),

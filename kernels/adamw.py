@@ -111,13 +111,18 @@ def _step_elements(
         store_statistics(statistics_ptr, param - old_param, param, mask, 4 if BITS >= 32 else 8)
     noise = (None, None, None)
     if ROUNDING != "nearest":
+        ROUNDS_BF16: tl.constexpr = (
+            (master_ptr is None and param_ptr.dtype.element_ty == tl.bfloat16)
+            or exp_avg_ptr.dtype.element_ty == tl.bfloat16
+            or exp_avg_sq_ptr.dtype.element_ty == tl.bfloat16
+        )
         seed, stream, element_offset = rounding
         noise = storage.noise_of(
             seed,
             tl.cast(scalars[7], tl.uint32),
             tl.cast(stream, tl.uint32),
             start + element_offset,
-            param,
+            param if ROUNDS_BF16 else None,
             offsets.shape[0],
             ROUNDING != "stochastic",
         )
@@ -199,7 +204,8 @@ def _step_block(
         m_scale_ptr,
         v_scale_ptr,
     )
-    offsets = tl.arange(0, BLOCK_SIZE)
+    # Not 16 for 8-bit values: those of all tensors would be 16 to a thread, and accesses to wider ones leave gaps.
+    offsets = tl.max_contiguous(tl.arange(0, BLOCK_SIZE), storage.MAX_WIDTH)
     remaining = n_elements - start
     # A mask whose bound is not a multiple of 16 splits every 128-bit access in four: full blocks have none.
     if remaining >= BLOCK_SIZE:
@@ -245,7 +251,7 @@ def adamw_kernel(
     seed, stream, element_offset
                 of stochastic rounding: the key, the parameter's number, and the index of the first element in the
                 whole parameter, of which this may be a slice; a multiple of 8, unless ROUNDING says "shifted"
-    ROUNDING    "nearest", "stochastic" (bf16, and a remainder of 8 bits) or "stochastic shifted"
+    ROUNDING    "nearest", "stochastic" (bf16, 8-bit moments, and a remainder of 8 bits) or "stochastic shifted"
     EVICTION    a hint to the caches for all tensors: "", "evict_first" or "evict_last"
 
     control_ptr float64 [2]: a factor for the gradient, and a flag: where it is not 0, nothing is written

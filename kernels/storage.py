@@ -6,21 +6,28 @@ the bits are first rounded to a multiple of 2^8. An fp16 parameter has its fp32 
 from: where it is not, it was written by others than the step (a checkpoint, say), and is the weight to go on from.
 
 8-bit moments. GROUP_SIZE consecutive elements share one fp32 scale. exp_avg is sign * 127 sqrt(|m| / scale), scale the
-largest |m|; exp_avg_sq is 255 sqrt(sqrt(v) / scale), scale the largest sqrt(v), and at least 1: a v that is lost
-while its m is not throws its weight away. Both are decoded by multiplications, and sqrt(v) is what the update
-computes anyway.
+largest |m|; exp_avg_sq is 255 sqrt(sqrt(v) / scale), scale the largest sqrt(v), and at least 4: a v that is lost
+while its m is not throws its weight away, and where both have their smallest codes it may not move far. Both are
+decoded by multiplications, and sqrt(v) is what the update computes anyway.
 
-Stochastic rounding adds random bits below the last one that is kept and truncates. The bits are Philox4x32 (Salmon
-et al., https://doi.org/10.1145/2063384.2063405), keyed on the seed and counted by update, parameter and index of the
-element in the whole parameter; 128 of them serve 8 elements.
+Stochastic rounding to bf16 adds random bits below the last one that is kept and truncates. A code goes up to the next
+with the probability that makes the mean of the decoded values exact: rounded to nearest, a v that shrinks by 0.1 % a
+step, or an m of few codes, stays where it is for ever. The bits are Philox4x32 (Salmon et al.,
+https://doi.org/10.1145/2063384.2063405), keyed on the seed and counted by update, parameter and index of the element in
+the whole parameter; 128 of them serve 8 elements.
 """
 
 import triton
 import triton.language as tl
 
 GROUP_SIZE: tl.constexpr = tl.constexpr(128)
+MAX_WIDTH: tl.constexpr = tl.constexpr(8)  # consecutive elements of one thread of 128
 PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)  # the fewest that pass BigCrush, says the paper
 
+# A little above 127² and 255²: whatever is rounded up or down on the way, the largest element has the largest code.
+_LARGEST_SQUARED: tl.constexpr = tl.constexpr(127 * 127 * (1 + 2**-20))
+_LARGEST_ROOT: tl.constexpr = tl.constexpr(255 * 255 * (1 + 2**-20))
+_SMALLEST_SQUARED: tl.constexpr = tl.constexpr(16.0001)  # of codes of exp_avg_sq, 4²: what is above 3.5 for every u
 # Added to a float in [-2^22, 2^22], it rounds to an integer that stands in the lowest bits.
 _ROUND: tl.constexpr = tl.constexpr(12582912.0)
 _NOT_ZERO: tl.constexpr = tl.constexpr(1e-30)  # whose reciprocal root is finite
@@ -83,28 +90,38 @@ def store_param(param_ptr, master_ptr, offsets, value, noise, mask, EVICTION: tl
 
 
 @triton.jit
-def _per_element(of_group, BLOCK_SIZE: tl.constexpr):
-    wide = tl.broadcast_to(tl.expand_dims(of_group, 1), (BLOCK_SIZE // GROUP_SIZE, GROUP_SIZE))
+def _per_element(of_piece, BLOCK_SIZE: tl.constexpr):
+    """Give each element of a block what its piece has."""
+    PIECES: tl.constexpr = of_piece.shape[0]
+    wide = tl.broadcast_to(tl.expand_dims(of_piece, 1), (PIECES, BLOCK_SIZE // PIECES))
     return tl.reshape(wide, (BLOCK_SIZE,))
 
 
 @triton.jit
 def _load_scale(scale_ptr, remaining, BLOCK_SIZE: tl.constexpr):
-    groups = tl.arange(0, BLOCK_SIZE // GROUP_SIZE)
-    if remaining is None:
-        scale = tl.load(scale_ptr + groups)
-    else:
-        scale = tl.load(scale_ptr + groups, mask=groups * GROUP_SIZE < remaining)
-    return scale
+    """Load the scale of each piece of WIDTH elements: a thread those of its own, so that nothing moves between them."""
+    WIDTH: tl.constexpr = min(MAX_WIDTH, BLOCK_SIZE // 128)
+    first = tl.arange(0, BLOCK_SIZE // WIDTH) * WIDTH
+    ptrs = scale_ptr + first // GROUP_SIZE
+    return tl.load(ptrs) if remaining is None else tl.load(ptrs, mask=first < remaining)
 
 
 @triton.jit
 def _store_scale(scale_ptr, scale, remaining, BLOCK_SIZE: tl.constexpr):
-    groups = tl.arange(0, BLOCK_SIZE // GROUP_SIZE)
-    if remaining is None:
-        tl.store(scale_ptr + groups, scale)
-    else:
-        tl.store(scale_ptr + groups, scale, mask=groups * GROUP_SIZE < remaining)
+    """Store the scale of each group, by the thread that has its first element.
+
+    It can overwrite none that is still to be read: every thread of the group has made its part of the new scale of the
+    old one.
+    """
+    WIDTH: tl.constexpr = min(MAX_WIDTH, BLOCK_SIZE // 128)
+    PIECES: tl.constexpr = BLOCK_SIZE // WIDTH
+    # The largest of WIDTH values that are one: no instruction.
+    of_piece = tl.max(tl.reshape(_per_element(scale, BLOCK_SIZE), (PIECES, WIDTH)), axis=1)
+    first = tl.arange(0, PIECES) * WIDTH
+    mask = first % GROUP_SIZE == 0
+    if remaining is not None:
+        mask &= first < remaining
+    tl.store(scale_ptr + first // GROUP_SIZE, of_piece, mask=mask)
 
 
 @triton.jit
@@ -137,15 +154,38 @@ def _largest(magnitude, mask, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
+def _per_scale(scale, LARGEST: tl.constexpr):
+    """LARGEST / scale."""
+    rsqrt = tl.rsqrt(tl.maximum(scale, _SMALLEST_SCALE))
+    return rsqrt * LARGEST * rsqrt
+
+
+@triton.jit
+def _centred(noise):
+    """16 random bits as a number u - 1/2 in (-1/2, 1/2]; a u of 0 would round up whatever is not 0 at times."""
+    return (noise | 0x43000000).to(tl.float32, bitcast=True) - (128.5 - 2**-16)  # lowest bits of a float in [128, 129)
+
+
+@triton.jit
 def store_exp_avg(ptr, scale_ptr, offsets, value, noise, mask, remaining, EVICTION: tl.constexpr):
     if scale_ptr is None:
         store(ptr, offsets, value, noise, mask, EVICTION)
     else:
         BLOCK_SIZE: tl.constexpr = offsets.shape[0]
-        scale = _largest(tl.abs(value), mask, BLOCK_SIZE)
-        per_scale = 127.0 * 127.0 / tl.maximum(scale, _SMALLEST_SCALE)
-        squared = value * _per_element(per_scale, BLOCK_SIZE)
-        code = tl.fma(squared, tl.rsqrt(tl.abs(squared) + _NOT_ZERO), _ROUND)
+        magnitude = tl.abs(value)
+        scale = _largest(magnitude, mask, BLOCK_SIZE)
+        per_scale = _per_element(_per_scale(scale, _LARGEST_SQUARED), BLOCK_SIZE)
+        if noise is None:
+            squared = value * per_scale
+            code = tl.fma(squared, tl.rsqrt(tl.abs(squared) + _NOT_ZERO), _ROUND)
+        else:
+            # Up from c where u ((c + 1)² - c²) < y² - c², that is where c < sqrt(y² - u (1 - u)) - u.
+            centred = _centred(noise)
+            squared = tl.fma(centred, centred, tl.fma(magnitude, per_scale, -0.25))
+            squared = tl.maximum(squared, _NOT_ZERO)
+            code = tl.minimum(tl.fma(squared, tl.rsqrt(squared), centred * -1.0), 127.0)
+            sign = value.to(tl.int32, bitcast=True) & -0x80000000
+            code = (code.to(tl.int32, bitcast=True) ^ sign).to(tl.float32, bitcast=True) + _ROUND
         # The lowest byte of a negative integer is its code too.
         tl.store(ptr + offsets, code.to(tl.int32, bitcast=True).to(tl.int8), mask=mask, eviction_policy=EVICTION)
         _store_scale(scale_ptr, scale, remaining, BLOCK_SIZE)
@@ -159,9 +199,19 @@ def store_exp_avg_sq(ptr, scale_ptr, offsets, value, root, noise, mask, remainin
     else:
         BLOCK_SIZE: tl.constexpr = offsets.shape[0]
         scale = _largest(root, mask, BLOCK_SIZE)
-        per_scale = 255.0 * 255.0 / tl.maximum(scale, _SMALLEST_SCALE)
-        squared = tl.fma(root, _per_element(per_scale, BLOCK_SIZE), _NOT_ZERO)
-        code = tl.maximum(tl.fma(squared, tl.rsqrt(squared), _ROUND), _ROUND + 1.0)
+        per_scale = _per_element(_per_scale(scale, _LARGEST_ROOT), BLOCK_SIZE)
+        squared = tl.maximum(root * per_scale, _SMALLEST_SQUARED)
+        if noise is None:
+            code = tl.fma(squared, tl.rsqrt(squared), _ROUND)
+        else:
+            # Up from c where u ((c + 1)⁴ - c⁴) < y⁴ - c⁴: for large c where c < sqrt(y² - 3 u (1 - u)) - u, and with a
+            # term in 1 / y², which was fitted, to 4e-4 of the probability from c = 4 on.
+            centred = _centred(noise)
+            spread = tl.fma(centred, centred, -0.25)
+            squared = tl.fma(spread, 3.0, squared)
+            rsqrt = tl.rsqrt(squared)
+            shift = tl.fma(spread * (rsqrt * rsqrt), tl.fma(centred, -1.94, -0.08), centred * -1.0)
+            code = tl.minimum(tl.fma(squared, rsqrt, shift), 255.0) + _ROUND
         tl.store(ptr + offsets, code.to(tl.int32, bitcast=True).to(tl.uint8), mask=mask, eviction_policy=EVICTION)
         _store_scale(scale_ptr, scale, remaining, BLOCK_SIZE)
 
@@ -172,7 +222,8 @@ def noise_of(seed, step, stream, start, param, BLOCK_SIZE: tl.constexpr, SHIFTED
 
     Args:
         start: index of the block's first element in the whole parameter.
-        param: of 8 elements one of which is not finite all bits are 0: added to a NaN's they would make it a number.
+        param: if given, all bits of 8 elements one of which is not finite are 0: added to a bf16 NaN's they would make
+            it a number.
         SHIFTED: whether `start` may be other than a multiple of 8.
     """
     eighth = tl.expand_dims(tl.arange(0, BLOCK_SIZE // 8), 1)
@@ -191,19 +242,18 @@ def noise_of(seed, step, stream, start, param, BLOCK_SIZE: tl.constexpr, SHIFTED
         zero + stream,
         PHILOX_ROUNDS,
     )
-    # 0 times what is not finite is NaN, and NaN is not 0.
-    finite = tl.expand_dims(tl.sum(tl.reshape(param * 0.0, (BLOCK_SIZE // 8, 8)), axis=1), 1) == 0.0
-    w0, w1, w2, w3 = tl.where(finite, w0, 0), tl.where(finite, w1, 0), tl.where(finite, w2, 0), tl.where(finite, w3, 0)
+    if param is not None:
+        # 0 times what is not finite is NaN, and NaN is not 0.
+        finite = tl.expand_dims(tl.sum(tl.reshape(param * 0.0, (BLOCK_SIZE // 8, 8)), axis=1), 1) == 0.0
+        w0, w1 = tl.where(finite, w0, 0), tl.where(finite, w1, 0)
+        w2, w3 = tl.where(finite, w2, 0), tl.where(finite, w3, 0)
     word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
     other = tl.where(lane < 4, tl.where(lane < 2, w1, w2), tl.where(lane < 6, w3, w0))
-    # An odd multiple's high half depends on all bits, its low half on the low ones. So an even element's bits
-    # for exp_avg, high, are independent of those for the parameter, low, and the other way round in an odd one.
     is_odd = (lane & 1) == 1
     of_param = tl.where(is_odd, word >> 16, word & 0xFFFF)
-    word *= 0x9E3779B1
-    of_exp_avg = tl.where(is_odd, word & 0xFFFF, word >> 16)
-    other *= 0x85EBCA77
-    of_exp_avg_sq = tl.where(is_odd, other & 0xFFFF, other >> 16)
+    # The high half of an odd multiple depends on all bits of the word, and on others than another multiple's.
+    of_exp_avg = word * tl.where(is_odd, 0x9E3779B1, 0x85EBCA77).to(tl.uint32) >> 16
+    of_exp_avg_sq = other * tl.where(is_odd, 0xC2B2AE3D, 0x27D4EB2F).to(tl.uint32) >> 16
     return (
         tl.reshape(of_param, (BLOCK_SIZE,)).to(tl.int32),
         tl.reshape(of_exp_avg, (BLOCK_SIZE,)).to(tl.int32),

@@ -10,6 +10,9 @@ from ..strides import flat
 GROUP_SIZE = 128  # elements that share a scale
 SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+SMALLEST_ROOT_CODE = 4  # of exp_avg_sq
+_SMALLEST_SQUARED = 16.0001  # what is rounded to SMALLEST_ROOT_CODE by all random bits
+_LARGEST_SQUARED = {"exp_avg": 127**2 * (1 + 2**-20), "exp_avg_sq": 255**2 * (1 + 2**-20)}
 _NOT_ZERO = 1e-30
 _SMALLEST_SCALE = 1e-33
 
@@ -35,22 +38,59 @@ def decode(name: str, codes: Tensor, scale: Tensor) -> Tensor:
     return value
 
 
-def encode(name: str, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the codes and the scale of a dense floating-point tensor; `decode` is the inverse."""
+def encode(name: str, value: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the codes and the scale of a dense floating-point tensor; `decode` is the inverse.
+
+    Args:
+        name: "exp_avg" or "exp_avg_sq".
+        value: the moment.
+        noise: 16 random bits for each element in the order of memory, int32, to round codes up or down with the
+            probabilities that make the mean of the decoded values exact; None: to the nearest.
+    """
     value = value.to(torch.float32)
     codes = torch.empty_like(value, dtype=CODES[name])
     n_elements = value.numel()
-    magnitude = flat(value) if name == "exp_avg" else flat(value).sqrt()
+    magnitude = flat(value).abs() if name == "exp_avg" else flat(value).sqrt()
     padded = torch.zeros(n_groups(n_elements) * GROUP_SIZE, dtype=torch.float32, device=value.device)
-    padded[:n_elements] = magnitude.abs()
+    padded[:n_elements] = magnitude
     scale = padded.view(-1, GROUP_SIZE).amax(dim=1)
-    largest = 127.0 if name == "exp_avg" else 255.0
-    squared = magnitude * _per_element(largest**2 / scale.clamp(min=_SMALLEST_SCALE), n_elements)
-    code = (squared * (squared.abs() + _NOT_ZERO).rsqrt()).nan_to_num(0.0).round()
-    if name == "exp_avg_sq":
-        code.clamp_(min=1)  # a v that is lost while its m is not throws its weight away
+    rsqrt = scale.clamp(min=_SMALLEST_SCALE).rsqrt()
+    squared = magnitude * _per_element(_LARGEST_SQUARED[name] * rsqrt * rsqrt, n_elements)
+    if name == "exp_avg":
+        code = _nearest_root(squared) if noise is None else _stochastic_root(squared, noise)
+        code = torch.where(flat(value) < 0, -code, code)
+    else:
+        # A v that is lost while its m is not throws its weight away.
+        squared = squared.nan_to_num(0.0).clamp(min=_SMALLEST_SQUARED)
+        code = _nearest_root(squared) if noise is None else _stochastic_fourth_root(squared, noise)
     flat(codes).copy_(code)
     return codes, scale
+
+
+def _nearest_root(squared: Tensor) -> Tensor:
+    return (squared * (squared + _NOT_ZERO).rsqrt()).nan_to_num(0.0).round()
+
+
+def _stochastic_root(squared: Tensor, noise: Tensor) -> Tensor:
+    """Round y, given y², so that the mean of the rounded squares is y²; kernels/storage.py says how."""
+    centred = _centred(noise)
+    squared = centred * centred + (squared - 0.25)
+    squared = squared.nan_to_num(0.0).clamp(min=_NOT_ZERO)
+    return (squared * squared.rsqrt() - centred).clamp(max=127.0).round()
+
+
+def _stochastic_fourth_root(squared: Tensor, noise: Tensor) -> Tensor:
+    """Round y >= 4, given y², so that the mean of the fourth powers is y⁴."""
+    centred = _centred(noise)
+    spread = centred * centred - 0.25
+    squared = spread * 3.0 + squared
+    rsqrt = squared.rsqrt()
+    shift = spread * (rsqrt * rsqrt) * (centred * -1.94 - 0.08) - centred
+    return (squared * rsqrt + shift).clamp(max=255.0).round()
+
+
+def _centred(noise: Tensor) -> Tensor:
+    return noise.to(torch.float32) * 2.0**-16 - (0.5 - 2.0**-16)
 
 
 def _per_element(of_group: Tensor, n_elements: int) -> Tensor:

@@ -30,27 +30,29 @@ def round_to_bfloat16(value: Tensor, noise: Tensor) -> Tensor:
     return ((value.view(torch.int32) + noise) >> 16 << 16).view(torch.float32).to(torch.bfloat16)
 
 
-def noise(key: NoiseKey, step: int, param: Tensor) -> Iterator[Tensor]:
-    """Yield 16 random bits for each element, int32 [n]: for the parameter, exp_avg and exp_avg_sq.
+def noise(key: NoiseKey, step: int, n_elements: int, param: Tensor | None, device: torch.device) -> Iterator[Tensor]:
+    """Yield 16 random bits for each element, int32 [n_elements]: for the parameter, exp_avg and exp_avg_sq.
 
     Args:
         step: number of this update.
-        param: new parameter, float32 [n]; of 8 elements one of which is not finite all bits are 0.
+        param: new parameter, float32 [n_elements], if something is stored in bf16: of 8 elements one of which is not
+            finite all bits are 0.
+        device: where the bits are wanted.
     """
-    n_elements = param.numel()
-    index = key.element_offset + torch.arange(n_elements, dtype=torch.int64, device=param.device)
+    index = key.element_offset + torch.arange(n_elements, dtype=torch.int64, device=device)
     words = torch.stack(_philox(key.seed, index >> 3, step, key.param_index))
-    padded = torch.zeros(-(-n_elements // 8) * 8, dtype=torch.float32, device=param.device)
-    padded[:n_elements] = param * 0.0
-    words *= (padded.view(-1, 8).sum(dim=1) == 0).repeat_interleave(8)[:n_elements]
+    if param is not None:
+        padded = torch.zeros(-(-n_elements // 8) * 8, dtype=torch.float32, device=device)
+        padded[:n_elements] = param * 0.0
+        words *= (padded.view(-1, 8).sum(dim=1) == 0).repeat_interleave(8)[:n_elements]
     pair = ((index >> 1) & 3).unsqueeze(0)
     word = words.gather(0, pair)[0]
     other = words.gather(0, (pair + 1) & 3)[0]
     is_odd = (index & 1) == 1
     yield torch.where(is_odd, word >> 16, word & 0xFFFF).to(torch.int32)
-    for factor, source in ((0x9E3779B1, word), (0x85EBCA77, other)):
-        product = source * factor & 0xFFFFFFFF
-        yield torch.where(is_odd, product & 0xFFFF, product >> 16).to(torch.int32)
+    for of_odd, of_even, source in ((0x9E3779B1, 0x85EBCA77, word), (0xC2B2AE3D, 0x27D4EB2F, other)):
+        factor = of_even + (index & 1) * (of_odd - of_even)
+        yield ((source * factor & 0xFFFFFFFF) >> 16).to(torch.int32)
 
 
 def _philox(seed: int, counter: Tensor, step: int, param_index: int) -> list[Tensor]:

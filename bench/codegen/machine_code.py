@@ -58,6 +58,7 @@ from .listing import (
 )
 from .variants import NORM, SCALARS, TARGETS, Variant
 
+IN_A_ROW = 8  # consecutive elements of a thread, at most; of each it has a scale for every 8-bit moment
 _NORM_TABLES = 4 + 4 + 8 + 8  # bytes of span, number, address and length
 
 
@@ -280,7 +281,7 @@ def examine(variant: Variant) -> MachineCode:
         threads=threads,
         elements=elements,
         stored_bytes=stored_bytes,
-        by_one=[4] * variant.scales + [16] * variant.statistics,
+        by_one=[4] * variant.scales * max(1, elements // IN_A_ROW) + [16] * variant.statistics,
         **resources,
     )
 

@@ -30,7 +30,8 @@ def test_levels_of_the_codes():
         if "8-bit" in name:
             ramp = torch.linspace(-1, 1, 32)
             many = torch.cat([torch.cat((torch.linspace(-1, 1, 31), torch.ones(1)))] * 4)
-            assert code.exp_avg(ramp).unique().numel() <= 32 and code.exp_avg(many).unique().numel() <= 32
+            most = 64 if "stochastic" in name else 32  # equal values go to two neighbours
+            assert code.exp_avg(ramp).unique().numel() <= 32 and code.exp_avg(many).unique().numel() <= most
     signed, unsigned = dynamic_map(True), dynamic_map(False)
     # 2 (2^7 - 1) middles, 0 and 1; the paper's Figure: 0.99 and 0.0055e-6 ... are ends of the table.
     assert len(signed) == 256 and len(unsigned) == 256

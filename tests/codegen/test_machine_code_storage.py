@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.codegen.machine_code import IN_A_ROW
 from bench.codegen.variants import KERNELS, TARGETS, Variant
 from bench.policies import BY_NAME, POLICIES
 
@@ -16,15 +17,17 @@ TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(
 
 # Per element on each of TARGETS, measured: the kernel for one tensor, by Triton 3.7.1.
 INSTRUCTIONS = {
-    "fp32-8bit": (62.3, 67.0, 52.3, 74.5),
+    "fp32-8bit": (56.0, 59.5, 46.8, 64.5),
+    "fp32-8bit-stochastic": (91.2, 92.8, 74.8, 104.8),
     "bf16-master32": (46.0, 47.0, 39.5, 48.8),
-    "bf16-master32-bf16": (44.5, 45.2, 37.5, 49.4),
-    "bf16-master24-8bit": (60.9, 62.9, 52.2, 61.0),
-    "bf16-stochastic": (54.4, 55.0, 47.4, 49.8),
-    "fp16-master32": (46.0, 47.0, 40.0, 48.0),
+    "bf16-master32-bf16": (44.5, 45.1, 37.5, 49.4),
+    "bf16-master24-8bit": (53.7, 54.1, 43.8, 51.6),
+    "bf16-master24-8bit-stochastic": (78.9, 79.2, 63.4, 78.9),
+    "bf16-stochastic": (54.4, 55.0, 47.4, 50.8),
+    "fp16-master32": (46.0, 47.0, 40.0, 44.0),
 }
 SLACK = 1 if TRITON_VERSION == (3, 7) else 6  # Triton 3.8 takes up to 5.3 more
-TABLE = {"sm_80": 24, "sm_90": 21, "sm_100": 22, "gfx942": 37}  # more of a thread of the table kernel
+TABLE = {"sm_80": 25, "sm_90": 22, "sm_100": 22, "gfx942": 38}  # more of a thread of the table kernel
 POLICY_OF = {
     Variant.of(target, kernel, policy): policy
     for target in TARGETS
@@ -40,10 +43,12 @@ for_each_target = pytest.mark.parametrize("variants", VARIANTS.values(), ids=VAR
 def test_no_calls_and_no_spills(variants, for_each):
     def check(variant, code):
         assert code.calls == code.spills == code.local_bytes == 0
-        assert code.registers <= (64 if variant.target.startswith("sm_") else 80)  # AMD has twice as many
-        if not variant.scales:
-            # Only the scales of 8-bit moments go from the threads that reduce them to those that store them.
-            assert code.barriers == code.shared_bytes == code.shared_accesses == 0
+        # 128 of them, where a thread has 16 elements: 4 programs, with 112 bytes of each thread in flight, share an SM.
+        most = 64 * max(1, code.elements // 8)
+        assert code.registers <= (most if variant.target.startswith("sm_") else most + 16)  # AMD has twice as many
+        assert code.barriers == code.shared_bytes == 0
+        # AMD hands values over 32 lanes by an instruction of its shared memory, without using that.
+        assert code.shared_accesses == 0 or (variant.target == "gfx942" and variant.scales)
 
     for_each(variants, check)
 
@@ -51,14 +56,15 @@ def test_no_calls_and_no_spills(variants, for_each):
 @for_each_target
 def test_each_byte_moves_once_in_wide_accesses(variants, for_each):
     def check(variant, code):
+        in_a_row = min(code.elements, IN_A_ROW)
         for accesses, widths in ((code.loads, variant.read_widths), (code.stores, variant.written_widths)):
             expected = Counter([4] * variant.scales)
-            for width in widths:  # as many bytes as a thread's elements take, up to 128 bits at a time
-                of_thread = width * code.elements
-                expected[min(of_thread, 16)] += max(of_thread // 16, 1)
-            assert Counter(accesses) == expected
+            for width in widths:  # as many bytes as these elements take, up to 128 bits at a time
+                expected[min(width * in_a_row, 16)] += max(width * in_a_row // 16, 1)
+            pieces = code.elements // in_a_row
+            assert Counter(accesses) == Counter({size: pieces * count for size, count in expected.items()})
         if max(variant.read_widths) == 2:
-            assert code.elements == 8, "128 bits of what has 16, 64 of what has 8"
+            assert in_a_row == IN_A_ROW, "128 bits of what has 16, 64 of what has 8"
 
     for_each(variants, check)
 
@@ -75,21 +81,27 @@ def test_instructions_per_element(variants, for_each):
     for_each(variants, check)
 
 
-def test_the_smallest_policy_is_bound_by_memory(for_each):
+@pytest.mark.parametrize(("name", "most"), [("bf16-master24-8bit", 56), ("bf16-master24-8bit-stochastic", 82)])
+def test_the_smallest_policy_is_bound_by_memory(name, most, for_each):
+    """An H100 can issue 105 instructions for each 12 bytes, an H200 75."""
+
     def check(variant, code):
-        assert code.instructions_per_element <= (64 if variant.kernel == "tensor" else 65) + SLACK - 1
+        assert code.instructions_per_element <= most + SLACK - 1
         assert code.mufu / code.elements <= 4.5
 
-    for_each([Variant.of("sm_90", kernel, BY_NAME["bf16-master24-8bit"]) for kernel in KERNELS], check)
+    for_each([Variant.of("sm_90", kernel, BY_NAME[name]) for kernel in KERNELS], check)
 
 
-def test_stochastic_rounding_costs_at_most_16_instructions(examined):
-    rounded = [Variant.of("sm_90", kernel, BY_NAME["bf16-stochastic"]) for kernel in KERNELS]
-    rounded.append(replace(Variant.of("sm_90", "tensor", BY_NAME["bf16-master24-8bit"]), stochastic=True))
-    nearest = {variant: replace(variant, stochastic=False) for variant in rounded}
+def test_stochastic_rounding_costs_at_most(examined):
+    """16 instructions for bf16; for 8 bits, whose codes are not a matter of adding and truncating, 26."""
+    most = {}
+    for kernel in KERNELS:
+        most[Variant.of("sm_90", kernel, BY_NAME["bf16-stochastic"])] = 16
+        most[Variant.of("sm_90", kernel, BY_NAME["bf16-master24-8bit-stochastic"])] = 26
+    nearest = {variant: replace(variant, stochastic=False) for variant in most}
     codes = examined([*nearest, *nearest.values()])
     for variant, plain in nearest.items():
-        assert codes[variant].instructions_per_element - codes[plain].instructions_per_element <= 16
+        assert codes[variant].instructions_per_element - codes[plain].instructions_per_element <= most[variant]
 
 
 # Run where kernels are not interpreted. Compiled kernels are distinct objects if their specialisations differ.

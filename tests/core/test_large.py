@@ -39,12 +39,14 @@ def test_last_blocks_of_a_large_tensor(dtype, far, device):
     assert_step(before, tensors, step=5, **OPTIONS)
 
 
-@pytest.mark.parametrize("far", [2**31, 2**36 + 1024], ids=lambda n: f"{n:.3g}")
+@pytest.mark.parametrize("far", [2**31, 2**36 + 4096], ids=lambda n: f"{n:.3g}")
 @pytest.mark.parametrize("stochastic", [False, True])
 def test_last_blocks_of_a_large_tensor_with_coded_state(stochastic, far, device):
     """The same with scales and random bits, whose indices count from the beginning; the reference has an offset."""
     noise_key = NoiseKey(seed=5, param_index=3, element_offset=far) if stochastic else None
-    n = 2 * 1024 + 77
+    used = Formats(*(torch.bfloat16,) * 2, torch.int8, torch.uint8, torch.int8, stochastic)
+    configuration = launch.configuration_of(*used.dtypes)
+    n = 2 * configuration.block_size + 77
     param, grad, m = (torch.randn(n, device=device) for _ in range(3))
     states = []
     for _ in range(2):
@@ -53,11 +55,10 @@ def test_last_blocks_of_a_large_tensor_with_coded_state(stochastic, far, device)
         states.append((param.bfloat16(), StateTensors(exp_avg, exp_avg_sq, None, remainder, m_scale, v_scale)))
     (ours, state), (theirs, other) = states
     grad = grad.bfloat16()
-    used = Formats.of(ours, grad.dtype, state, stochastic=stochastic)
     sizes = [far * t.nbytes // n if t.numel() == n else far // 128 * 4 for t in state.present]
     addresses = [t.data_ptr() - size for t, size in zip(state.present, sizes, strict=True)]
     row = [far + n, ours.data_ptr() - 2 * far, *addresses, *([noise_key.param_index] if noise_key else [])]
-    first = far // 1024
+    first = far // configuration.block_size
     table = launch.Table(
         tensors=torch.tensor([row], device=device),
         chunks=torch.tensor([[0, first + i] for i in range(3)], dtype=torch.int32, device=device),
@@ -65,7 +66,7 @@ def test_last_blocks_of_a_large_tensor_with_coded_state(stochastic, far, device)
         amsgrad=False,
         aligned=True,
         seed=5,
-        configuration=launch.configuration_of(*used.dtypes),
+        configuration=configuration,
     )
     grads = torch.tensor([grad.data_ptr() - 2 * far], device=device)
     launch.launch_table(table, grads, scalars_row(HYPER, 5, device), maximize=False)

@@ -92,7 +92,7 @@ def test_codes_decode_to_what_they_say(name, size):
     starts = range(0, size, 128)
     exact_scale = np.concatenate([np.full(len(magnitude[s : s + 128]), magnitude[s : s + 128].max()) for s in starts])
     expected = largest * np.sqrt(magnitude / exact_scale)
-    assert np.abs(codes.long().abs().numpy() - np.maximum(expected, name == "exp_avg_sq")).max() < 0.5 + 1e-3
+    assert np.abs(codes.long().abs().numpy() - np.maximum(expected, 4 * (name == "exp_avg_sq"))).max() < 0.5 + 1e-3
     decoded = (codes.double().numpy() / largest) ** 2 * exact_scale
     decoded = decoded * np.sign(codes.numpy()) if name == "exp_avg" else decoded**2
     np.testing.assert_allclose(storage.decode(name, codes, scale).double().numpy(), decoded, rtol=1e-6)
@@ -106,7 +106,7 @@ def test_codes_of_special_blocks():
     value = torch.zeros(128)
     value[3], value[70] = 1e30, 1e-12
     codes, scale = storage.encode("exp_avg_sq", value)
-    assert codes[3] == 255 and (codes > 0).all(), "a v > 0 is never coded 0"
+    assert codes[3] == 255 and codes[70] == codes.min() == 4, "a v > 0 is never coded 0"
     assert storage.decode("exp_avg_sq", codes, scale)[3].item() == pytest.approx(1e30, rel=1e-6)
     tiny = torch.full((200,), 1e-27)  # v of gradients of 1e-12
     codes, scale = storage.encode("exp_avg_sq", tiny)
@@ -177,7 +177,7 @@ def tolerance(policy):
 
 @pytest.mark.parametrize("policy", EIGHT, ids=lambda policy: policy.name)
 def test_one_step_of_8_bit_moments_is_the_definition(policy, device, path):
-    """Decode in float64, step, and compare the decoded result within half a code of each group's scale."""
+    """Decode in float64, step, and compare the decoded result within half a code, or one if rounded stochastically."""
     n = 128 * 9 + 77
     param = nn.Parameter(torch.randn(n, device=device).to(policy.param))
     optimizer = AdamW([param], **OPTIONS, **policy.options)
@@ -194,7 +194,8 @@ def test_one_step_of_8_bit_moments_is_the_definition(policy, device, path):
     m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
     denominator = (v / (1 - beta2**4)).sqrt() + OPTIONS["eps"]
     p = p * (1 - OPTIONS["lr"] * OPTIONS["weight_decay"]) - OPTIONS["lr"] / (1 - beta1**4) * m / denominator
-    atol = 2.0**-15 if policy.master_weight_bits == 24 else 0
+    rounding = 2 if policy.stochastic_rounding else 1
+    atol = rounding * 2.0**-15 if policy.master_weight_bits == 24 else 0
     torch.testing.assert_close(optimizer.master_params()[0].double().cpu(), p, rtol=2e-6, atol=max(atol, 2e-6))
     for name, value, largest in (("exp_avg", m, 127), ("exp_avg_sq", v.sqrt(), 255)):
         scale = state[f"{name}_scale"].double().cpu().repeat_interleave(128)[:n]
@@ -202,7 +203,7 @@ def test_one_step_of_8_bit_moments_is_the_definition(policy, device, path):
         decoded = decoded if name == "exp_avg" else decoded.sqrt()
         code = largest * (decoded.abs() / scale).sqrt()
         exact = largest * (value.abs() / scale).sqrt()
-        assert (code - exact.clamp(min=float(name == "exp_avg_sq"))).abs().max() < 0.51
+        assert (code - exact.clamp(min=4.0 * (name == "exp_avg_sq"))).abs().max() < 0.5 * rounding + 0.01
         assert (decoded.sign() * value.sign() >= 0).all()
 
 
