@@ -1,6 +1,6 @@
 """Storage formats of parameters and moments, in eager torch: the specification of kernels/storage.py."""
 
-from .eight_bit import CODES, GROUP_SIZE, SCALES, SMALLEST_ROOT_CODE, decode, encode
+from .eight_bit import CODES, GROUP_SIZE, SCALES, decode, encode
 from .formats import Formats, StateBytes, StateTensors, StorageOptions, entry_names
 from .master_weights import join, master_weight, split
 from .rounding import PHILOX_ROUNDS, NoiseKey, noise, round_to_bfloat16
@@ -10,7 +10,6 @@ __all__ = [
     "GROUP_SIZE",
     "PHILOX_ROUNDS",
     "SCALES",
-    "SMALLEST_ROOT_CODE",
     "Formats",
     "NoiseKey",
     "StateBytes",

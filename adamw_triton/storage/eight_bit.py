@@ -10,8 +10,7 @@ from ..strides import flat
 GROUP_SIZE = 128  # elements that share a scale
 SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
 CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
-SMALLEST_ROOT_CODE = 4  # of exp_avg_sq
-_SMALLEST_SQUARED = 16.0001  # what is rounded to SMALLEST_ROOT_CODE by all random bits
+_SMALLEST_SQUARED = 16.0001  # of codes of exp_avg_sq, 4²: what all random bits round to 4
 _LARGEST_SQUARED = {"exp_avg": 127**2 * (1 + 2**-20), "exp_avg_sq": 255**2 * (1 + 2**-20)}
 _NOT_ZERO = 1e-30
 _SMALLEST_SCALE = 1e-33
