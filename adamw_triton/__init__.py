@@ -12,9 +12,17 @@ if not Path(__file__).with_name("kernels").exists():
     sys.modules[_spec.name] = module_from_spec(_spec)
 
 from .extras.gradient_release import register_gradient_release
+from .extras.replace_param import replace_param
 from .functional import adamw_
 from .optimizer import AdamW
 from .param_groups import param_groups_master_weights, param_groups_weight_decay
 
 __version__ = "0.1.0"
-__all__ = ["AdamW", "adamw_", "param_groups_master_weights", "param_groups_weight_decay", "register_gradient_release"]
+__all__ = [
+    "AdamW",
+    "adamw_",
+    "param_groups_master_weights",
+    "param_groups_weight_decay",
+    "register_gradient_release",
+    "replace_param",
+]

@@ -12,7 +12,7 @@ from .functional import is_skipped, step_tensor_eager
 from .grad_control import GradDecision
 from .hyperparams import Hyperparams
 from .launch_group import ParamWork
-from .storage import StateTensors
+from .storage import Formats, StateTensors
 from .strides import real_view
 from .validation import is_simulated
 
@@ -63,18 +63,20 @@ def step(
         group, param, entries = groups[work.group], work.param, work.entries
         assert work.grad is not None
         count = entries["step"]
+        tensors = StateTensors.from_entries(entries, group["amsgrad"])
+        formats = Formats.of(param, work.grad.dtype, tensors, stochastic=group["stochastic_rounding"])
         of_param = torch.zeros(2, dtype=torch.float64, device=param.device) if statistics else None
         step_tensor_eager(
             param,
             work.grad,
-            StateTensors.from_entries(entries, group["amsgrad"]),
+            tensors,
             hyperparams[work.group],
             1.0 if is_simulated(count) else float(count.item()) + 1,
             maximize=group["maximize"],
             cautious=group["cautious"],
             decision=decisions.get(param.device),
             statistics=of_param,
-            noise_key=work.noise_key(group),
+            noise_key=work.noise_key(group["seed"], formats),
         )
         count.add_(1)
         sums += [] if of_param is None else [of_param]

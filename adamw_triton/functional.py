@@ -144,9 +144,11 @@ def adamw_(
         max_exp_avg_sq: running maximum of exp_avg_sq; given, the update is AMSGrad's.
         grad_scale: one-element tensor that the gradient is divided by.
         found_inf: one-element tensor; if it is not 0, nothing is written.
-        param_remainder: int16 or int8, in the shape of a bfloat16 param: what completes it to its master weight.
+        param_remainder: what completes a bfloat16 param to its master weight: int8 in its shape, or 16 bits as two
+            bytes, uint8 with a last dimension of 2.
         master_param: float32 in param's shape: the master weight, which param is rounded from.
-        exp_avg_scale, exp_avg_sq_scale: float32 [ceil(n / 128)] for n elements, with 8-bit moments.
+        exp_avg_scale, exp_avg_sq_scale: float32 of ceil(n / 128) elements for n of param, in the order of its memory,
+            with 8-bit moments.
         stochastic_rounding: round what is stored in bfloat16, 8-bit moments and a remainder of 8 bits stochastically,
             by random bits of (seed, step, stream, index of the element).
         stream: number that tells parameters apart.
@@ -165,7 +167,7 @@ def adamw_(
         >>> param
         tensor([0.9000, 0.9000, 0.9000])
     """
-    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decouple_lr": False}
     check_hyperparams(options)
     if step < 1:
         raise ValueError(f"step must be at least 1, the number of this update; got {step}")
@@ -174,8 +176,8 @@ def adamw_(
     if param_remainder is not None and master_param is not None:
         raise ValueError("got param_remainder and master_param; a parameter has one of them")
     entries = {
-        "exp_avg": exp_avg,
-        "exp_avg_sq": exp_avg_sq,
+        "exp_avg_codes" if exp_avg.dtype == torch.int8 else "exp_avg": exp_avg,
+        "exp_avg_sq_codes" if exp_avg_sq.dtype == torch.uint8 else "exp_avg_sq": exp_avg_sq,
         "max_exp_avg_sq": max_exp_avg_sq,
         "param_remainder": param_remainder,
         "master_param": master_param,
@@ -184,10 +186,10 @@ def adamw_(
     }
     entries = {name: entry for name, entry in entries.items() if entry is not None}
     check_entries(param, entries)
-    numbers = {"seed": seed, "stream": stream, "element_offset": element_offset}
-    check_rounding(param, entries, stochastic=stochastic_rounding, numbers=numbers)
-
     state = StateTensors.from_entries(entries, amsgrad=max_exp_avg_sq is not None)
+    numbers = {"seed": seed, "stream": stream, "element_offset": element_offset}
+    check_rounding(param, grad, state, stochastic=stochastic_rounding, numbers=numbers)
+
     noise_key = NoiseKey(seed, stream, element_offset) if stochastic_rounding else None
     hyperparams = Hyperparams.from_group(options)
     scaler = GradScalerInputs(grad_scale, found_inf).to(param.device)

@@ -22,27 +22,12 @@ class Hyperparams(NamedTuple):
     def from_group(cls, group: Mapping[str, Any]) -> Hyperparams:
         """Take them from a param group; the tensors themselves, whose values may change in place."""
         beta1, beta2 = group["betas"]
-        decay_lr = group["decay_lr"] if group.get("decouple_lr") else 1.0
+        decay_lr = group["decay_lr"] if group["decouple_lr"] else 1.0
         return cls(group["lr"], beta1, beta2, float(group["eps"]), group["weight_decay"], decay_lr)
 
     def numbers(self) -> tuple[float, ...]:
         """Return plain numbers; reading a tensor on a device waits for it."""
         return tuple(map(float, self))
-
-
-def set_decay_lr(group: dict[str, Any]) -> None:
-    """Note what `decouple_lr` divides by; not under the name of learning rate schedulers, some of which change it.
-
-    Raises:
-        ValueError: it is 0.
-    """
-    if group["decouple_lr"] and "decay_lr" not in group:
-        lr = float(group["lr"])
-        if not lr > 0:
-            raise ValueError(
-                f"decouple_lr=True decays by weight_decay * lr / initial lr; the initial lr must be above 0, got {lr}"
-            )
-        group["decay_lr"] = lr
 
 
 class KernelScalars(NamedTuple):

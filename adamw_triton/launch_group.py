@@ -75,8 +75,8 @@ class ParamWork:
             layout = GradLayout(Tensor, param.dtype, param.device, param.shape, param.stride(), False)
         self.grad_layout = layout
 
-    def noise_key(self, group: Mapping[str, Any]) -> NoiseKey | None:
-        return NoiseKey(group["seed"], self.index) if group["stochastic_rounding"] else None
+    def noise_key(self, seed: int, formats: Formats) -> NoiseKey | None:
+        return NoiseKey(seed, self.index) if formats.stochastic else None
 
 
 class LaunchKey(NamedTuple):
@@ -104,15 +104,16 @@ class LaunchKey(NamedTuple):
             and not layout.is_neg
             and (state.max_exp_avg_sq is None or state.max_exp_avg_sq.dtype == state.exp_avg_sq.dtype)
         )
+        formats = Formats.of(param, layout.dtype, state, stochastic=group["stochastic_rounding"])
         return cls(
             turn=work.turn,
             as_table=fits_table and group["foreach"] is not False,
-            formats=Formats.of(param, layout.dtype, state, stochastic=group["stochastic_rounding"]),
+            formats=formats,
             aligned=work.is_aligned and all(tensor.data_ptr() % ALIGNMENT == 0 for tensor in like_param),
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
             cautious=group["cautious"],
-            seed=group["seed"] if group["stochastic_rounding"] else 0,
+            seed=group["seed"] if formats.stochastic else 0,
         )
 
 
@@ -158,20 +159,20 @@ class LaunchGroup:
     ) -> None:
         self.key, self.span = key, span
         self.entry_names = entry_names(works[0].entries, key.amsgrad)
-        self._noise_key = works[0].noise_key(groups[works[0].group])
+        self._noise_key = works[0].noise_key(key.seed, key.formats)
         self._scalars = scalars[span] if key.as_table else scalars[span.start]
         self._grads = grads[span]
         self._statistics = statistics
         self._options: dict[str, Any] = {"maximize": key.maximize, "cautious": key.cautious}
         self._table: launch.Table | None = None
         if key.as_table:
-            keys = [work.noise_key(groups[work.group]) for work in works]
+            noise_keys = [work.noise_key(key.seed, key.formats) for work in works]
             self._table = launch.Table.of(
                 [work.param for work in works],
                 key.formats.grad,
-                [StateTensors.from_entries(work.entries, key.amsgrad) for work in works],
+                [StateTensors.named(work.entries, self.entry_names) for work in works],
                 aligned=key.aligned,
-                noise_keys=[key for key in keys if key is not None] or None,
+                noise_keys=[key for key in noise_keys if key is not None] or None,
             )
 
     @property
@@ -195,7 +196,7 @@ class LaunchGroup:
                 self._table, self._grads, self._scalars, decision=decision, statistics=self._statistics, **self._options
             )
         elif grad is not None:
-            state = StateTensors(*(None if name is None else entries[name] for name in self.entry_names))  # type: ignore[arg-type]
+            state = StateTensors.named(entries, self.entry_names)
             step_tensor(
                 param,
                 grad,

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import state_dict as state_dicts
-from .grad_control import GradDecision, GradNormOptions, GradScalerInputs
-from .hyperparams import set_decay_lr
+from .grad_control import GradDecision, GradNormOptions, GradScalerInputs, NormOption
+from .group_options import OURS, GroupOptions, OptionsOfGroups
 from .plan import Plan, StepInputs
-from .step_hooks import with_hooks
+from .step_hooks import exclude_from_compilation, with_hooks
 from .storage import StateBytes, StorageOptions, master_weight
 from .validation import check_hyperparams, check_implementation, check_storage, is_trainable
 
@@ -24,14 +24,7 @@ _DEFAULTS: dict[str, Any] = {
     "capturable": False,
     "differentiable": False,
     "fused": None,
-    "exp_avg_dtype": None,
-    "exp_avg_sq_dtype": None,
-    "master_weight_bits": None,
-    "stochastic_rounding": False,
-    "seed": 0,
-    "cautious": False,
-    "decouple_lr": False,
-}  # of options that older checkpoints, or those of torch, lack
+}  # of options that older checkpoints lack
 
 
 class AdamW(Optimizer):
@@ -66,17 +59,19 @@ class AdamW(Optimizer):
         differentiable: only False.
         fused: True announces that `torch.amp.GradScaler` may leave unscaling to the step. The kernel is the
             same in any case.
-        exp_avg_dtype: storage of m: float32, bfloat16, float16, or int8 with a float32 scale for each 128 elements.
-            None: the parameter's dtype, as in torch, or float32 with `master_weight_bits`.
-        exp_avg_sq_dtype: storage of v: float32, bfloat16, float16 (of float16 parameters), or uint8 with scales.
+        exp_avg_dtype: storage of m, a dtype or its name: float32, bfloat16, float16, or int8: codes with a float32
+            scale for each 128 elements, of parameters whose rows (all after the first dimension) are multiples of 128
+            elements, and float32 of all others. None: the parameter's dtype, or float32 with `master_weight_bits`.
+        exp_avg_sq_dtype: storage of v: float32, bfloat16, float16 (of float16 parameters), or likewise uint8.
         master_weight_bits: 32: bfloat16 parameters have a remainder of 16 bits, which makes them exact float32
             weights, and float16 parameters a float32 master; 24: bfloat16 parameters have one of 8 bits.
         stochastic_rounding: round what is stored in bfloat16, 8-bit moments and 24-bit weights up or down with the
-            probabilities that make the mean exact. Recommended with 8-bit moments.
+            probabilities that make the mean exact. None: with 8-bit moments, which otherwise stand still where they
+            should shrink by less than half a code a step.
         seed: of stochastic rounding.
         cautious: decay only where that moves the parameter as the update does (https://arxiv.org/abs/2510.12402).
         decouple_lr: decay by weight_decay * lr / initial lr, as in the paper: a change of the learning rate does not
-            change the decay at its top. The initial lr is the group's at construction, kept as "decay_lr".
+            change the decay at its top. The initial lr is the group's at construction.
         max_grad_norm: scale all gradients down so that their global norm is at most this, as
             `torch.nn.utils.clip_grad_norm_` does; in registers, without writing them. Read `grad_norm` for the norm.
         skip_nonfinite: skip a step whose global gradient norm is not finite: nothing is written, no step counted.
@@ -84,7 +79,8 @@ class AdamW(Optimizer):
         statistics: make `update_norm` and `param_norm`.
 
     `max_grad_norm`, `skip_nonfinite`, `skip_grad_norm_above` and `statistics` are of the whole optimizer, attributes
-    that may be changed between steps; all others are of a param group.
+    that may be changed between steps; all others are of a param group, those that torch does not have in
+    `group_options`.
 
     Attributes:
         grad_norm: 0-d float64 tensor on the device of the first parameter: norm of all gradients (unscaled, before
@@ -108,6 +104,10 @@ class AdamW(Optimizer):
         >>> optimizer.zero_grad()
     """
 
+    max_grad_norm = NormOption()
+    skip_nonfinite = NormOption()
+    skip_grad_norm_above = NormOption()
+
     def __init__(
         self,
         params: ParamsT,
@@ -122,10 +122,10 @@ class AdamW(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        exp_avg_dtype: torch.dtype | None = None,
-        exp_avg_sq_dtype: torch.dtype | None = None,
+        exp_avg_dtype: torch.dtype | str | None = None,
+        exp_avg_sq_dtype: torch.dtype | str | None = None,
         master_weight_bits: int | None = None,
-        stochastic_rounding: bool = False,
+        stochastic_rounding: bool | None = None,
         seed: int = 0,
         cautious: bool = False,
         decouple_lr: bool = False,
@@ -145,6 +145,9 @@ class AdamW(Optimizer):
             "capturable": capturable,
             "differentiable": differentiable,
             "fused": fused,
+            "decoupled_weight_decay": True,  # which tells torch.optim.Adam's checkpoints from AdamW's
+        }
+        options = {
             "exp_avg_dtype": exp_avg_dtype,
             "exp_avg_sq_dtype": exp_avg_sq_dtype,
             "master_weight_bits": master_weight_bits,
@@ -160,19 +163,21 @@ class AdamW(Optimizer):
         if not isinstance(statistics, bool):
             raise ValueError(f"statistics must be True or False; got {statistics!r}")
         self.statistics = statistics
+        self._options = OptionsOfGroups(GroupOptions().changed(options))
         self._reset()
         super().__init__(params, defaults)
-        if not any(group["stochastic_rounding"] for group in self.param_groups):
+        if not any(group["stochastic_rounding"] for group in self._groups):
             _refuse_seed(seed)
 
     def _reset(self) -> None:
         """Begin without plans, decisions and counters."""
-        _exclude_from_compilation()
+        exclude_from_compilation(AdamW, "_update")
         self._plans = [Plan()]
         self._decisions: dict[torch.device, GradDecision] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with options of its own; refused like the arguments of the class."""
+        ours: dict[str, Any] = {}
         if isinstance(param_group, dict):
             options = {**self.defaults, **param_group}
             check_hyperparams(options)
@@ -183,18 +188,37 @@ class AdamW(Optimizer):
                         f"{name}={param_group[name]!r} of a param group: it is of the whole optimizer; "
                         f"give it to AdamW(...) itself"
                     )
-        has_seed = isinstance(param_group, dict) and "seed" in param_group  # soon it has everything
+            ours = {name: value for name, value in param_group.items() if name in OURS}
+            if ours:  # which the caller's dict keeps
+                param_group = {name: value for name, value in param_group.items() if name not in OURS}
+        known = list(self._options.of(self.param_groups))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_storage(group, [param for param in group["params"] if is_trainable(param)])
-            if has_seed and not group["stochastic_rounding"]:
-                _refuse_seed(group["seed"])
-            set_decay_lr(group)
+            its_options = self._options.defaults.changed(ours).with_decay_lr(group["lr"])
+            resolved = its_options.resolved()
+            check_storage({**group, **resolved}, [param for param in group["params"] if is_trainable(param)])
+            if "seed" in ours and not resolved["stochastic_rounding"]:
+                _refuse_seed(its_options.seed)
         except ValueError:
             self.param_groups.pop()
             raise
+        self._options.set(self.param_groups, [*known, its_options])
         self._announce_amp_support()
+
+    @property
+    def group_options(self) -> list[dict[str, Any]]:
+        """What each param group has of the options that torch.optim.AdamW does not have; copies, dtypes by name.
+
+        To change one, write it to the group: `optimizer.param_groups[0]["cautious"] = True`. It is taken from there
+        by the next step.
+        """
+        return [options.to_json() for options in self._options.of(self.param_groups)]
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        """The param groups with all their options."""
+        return self._options.merged(self.param_groups)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient.
@@ -216,7 +240,7 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update(self._plans[0], self.param_groups)
+        self._update(self._plans[0], self._groups)
         return loss
 
     profile_hook_step = staticmethod(with_hooks)  # which torch wraps `step` in
@@ -253,35 +277,6 @@ class AdamW(Optimizer):
         return self._decisions[device]
 
     @property
-    def max_grad_norm(self) -> float | None:
-        return self._norm_options.max_grad_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: float | None) -> None:
-        self._set_norm_options(max_grad_norm=value)
-
-    @property
-    def skip_nonfinite(self) -> bool:
-        return self._norm_options.skip_nonfinite
-
-    @skip_nonfinite.setter
-    def skip_nonfinite(self, value: bool) -> None:
-        self._set_norm_options(skip_nonfinite=value)
-
-    @property
-    def skip_grad_norm_above(self) -> float | None:
-        return self._norm_options.skip_grad_norm_above
-
-    @skip_grad_norm_above.setter
-    def skip_grad_norm_above(self, value: float | None) -> None:
-        self._set_norm_options(skip_grad_norm_above=value)
-
-    def _set_norm_options(self, **changes: Any) -> None:
-        options = self._norm_options._replace(**changes)
-        options.check()
-        self._norm_options = options
-
-    @property
     def grad_norm(self) -> Tensor | None:
         return self._decision_on(self._home).values[2] if self._norm_options.need_norm else None
 
@@ -308,7 +303,7 @@ class AdamW(Optimizer):
 
         8-bit moments become float32; master weights are left out, see `master_params`.
         """
-        return state_dicts.torch_state_dict(self.param_groups, self.state_dict())
+        return state_dicts.torch_state_dict(self.state_dict())
 
     @torch.no_grad()
     def master_params(self) -> list[Tensor]:
@@ -329,7 +324,7 @@ class AdamW(Optimizer):
         Raises:
             ValueError: another number of tensors, or other shapes. Nothing has been changed then.
         """
-        owners = [(param, group) for group in self.param_groups for param in group["params"]]
+        owners = [(param, group) for group in self._groups for param in group["params"]]
         values = list(values)
         given, expected = [tuple(v.shape) for v in values], [tuple(param.shape) for param, _ in owners]
         if given != expected:
@@ -342,27 +337,41 @@ class AdamW(Optimizer):
 
     def state_bytes(self) -> StateBytes:
         """Memory of the optimizer's state, by the name of what is stored."""
-        return StateBytes.of(self.param_groups, self.state)
+        return StateBytes.of(self._groups, self.state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state with torch.optim.AdamW's keys in the groups, none of which holds more than numbers and names.
+
+        `cautious` and `decouple_lr`, which change results, are saved as the value of "decoupled_weight_decay".
+        """
+        options = self._options.of(self.param_groups)
+        return state_dicts.with_decay(options, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this optimizer, of any storage, or of any implementation of `torch.optim.AdamW`.
 
         It is converted to this optimizer's storage; moments for which that has no wish keep the floating-point
         dtypes they were saved in. Storage options, `foreach`, `fused`, `capturable` and `differentiable` stay as
-        this optimizer was built; all other options come from the checkpoint.
+        this optimizer was built; all other options come from the checkpoint, `cautious` and `decouple_lr` if they were
+        set there.
 
         Raises:
             ValueError: groups, shapes or entries that do not match, or tensors without memory of their own. Nothing
                 has been changed then.
         """
-        hook = self.register_load_state_dict_pre_hook(lambda _, given: state_dicts.pack(self.param_groups, given))
+        options = self._options.of(self.param_groups)
+        hook = self.register_load_state_dict_pre_hook(
+            lambda _, given: state_dicts.pack(self.param_groups, options, given)
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_norm_options": self._norm_options, "statistics": self.statistics}
+        self._options.of(self.param_groups)
+        ours = {name: self.__dict__[name] for name in ("_options", "_norm_options", "statistics")}
+        return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also how Optimizer.load_state_dict installs what it has loaded.
@@ -370,23 +379,18 @@ class AdamW(Optimizer):
         for group in self.param_groups:
             for name, value in _DEFAULTS.items():
                 group.setdefault(name, value)
-            set_decay_lr(group)
+            group["decoupled_weight_decay"] = True
         if "_plans" not in self.__dict__:  # unpickled or copied
+            self.__dict__.setdefault("_options", OptionsOfGroups(GroupOptions()))
             self.__dict__.setdefault("_norm_options", GradNormOptions())
             self.__dict__.setdefault("statistics", False)
             self._reset()
-        state_dicts.restore(self.param_groups, self.state)
+        self._options.adopt(self.param_groups)
+        state_dicts.restore(self._groups, self.state)
         self._announce_amp_support()
 
     def _announce_amp_support(self) -> None:
         self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
-
-
-def _exclude_from_compilation() -> None:
-    """Have torch.compile leave the step alone: it is one kernel already."""
-    if not getattr(AdamW._update, "_torchdynamo_disable", False):  # not on import, since that imports the compiler
-        reason = "AdamW's step is one kernel already: there is nothing in it to compile"
-        AdamW._update = torch.compiler.disable(AdamW._update, reason=reason)  # type: ignore[method-assign]
 
 
 def _refuse_seed(seed: int) -> None:

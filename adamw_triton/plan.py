@@ -31,7 +31,7 @@ from torch import Tensor
 from . import eager, launch
 from .device_plan import DevicePlan, Members
 from .grad_control import GradDecision, GradNormOptions, GradScalerInputs, decide, move
-from .hyperparams import Hyperparams, set_decay_lr
+from .hyperparams import Hyperparams
 from .launch_group import GradLayout, ParamWork
 from .signature import Signature
 from .step_counts import place_steps
@@ -41,7 +41,7 @@ from .validation import check_hyperparams, check_implementation, check_storage
 _options_of = itemgetter(
     "foreach", "amsgrad", "maximize", "capturable", "differentiable", "cautious", *StorageOptions._fields
 )
-_values_of = itemgetter("lr", "betas", "eps", "weight_decay", "decouple_lr")
+_values_of = itemgetter("lr", "betas", "eps", "weight_decay", "decouple_lr", "decay_lr")
 _params_of, _grad_of = itemgetter("params"), attrgetter("grad")
 
 
@@ -81,11 +81,11 @@ class Plan:
         self._eager_sums: list[Tensor] = []
         self._captured: list[Any] = []  # whose tables CUDA graphs read
 
-    def step(self, groups: Sequence[dict[str, Any]], state: MutableMapping[Any, Any], inputs: StepInputs) -> None:
+    def step(self, groups: Sequence[Mapping[str, Any]], state: MutableMapping[Any, Any], inputs: StepInputs) -> None:
         """Step every parameter that has a gradient.
 
         Args:
-            groups: param groups.
+            groups: param groups with all their options.
             state: of the optimizer, filled in for parameters at their first update.
 
         Raises:
@@ -128,13 +128,12 @@ class Plan:
         sums = [move(of_device, device) for of_device in (*sums, *self._eager_sums)]
         return torch.stack(sums).sum(dim=0) if sums else None
 
-    def _read_hyperparams(self, groups: Sequence[dict[str, Any]]) -> list[Hyperparams]:
+    def _read_hyperparams(self, groups: Sequence[Mapping[str, Any]]) -> list[Hyperparams]:
         """Return those of each group, checked when they have changed."""
-        values = list(chain.from_iterable((*_values_of(group), group.get("decay_lr")) for group in groups))
+        values = list(chain.from_iterable(map(_values_of, groups)))
         if self._values is None or len(values) != len(self._values) or not all(map(is_, values, self._values)):
             for group in groups:
                 check_hyperparams(group)
-                set_decay_lr(group)
             self._hyperparams = list(map(Hyperparams.from_group, groups))
             # What a tensor or a list holds can change while the object stays.
             is_fixed = not any(isinstance(value, Tensor) for of_group in self._hyperparams for value in of_group)

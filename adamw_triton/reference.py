@@ -100,7 +100,7 @@ def _load_param(param: Tensor, state: StateTensors) -> Tensor:
 
 
 def _load(name: str, state: StateTensors) -> Tensor:
-    stored, scale = getattr(state, name), getattr(state, storage.SCALES[name])
+    stored, scale = getattr(state, name), getattr(state, storage.CODED[name].scale)
     return stored if scale is None else storage.decode(name, stored, scale)
 
 
@@ -121,7 +121,7 @@ def _store_param(param: Tensor, state: StateTensors, value: Tensor, noise: Tenso
 
 
 def _store(name: str, state: StateTensors, value: Tensor, noise: Tensor | None) -> None:
-    stored, scale = getattr(state, name), getattr(state, storage.SCALES[name])
+    stored, scale = getattr(state, name), getattr(state, storage.CODED[name].scale)
     if scale is None:
         _write(stored, value, noise)
     else:

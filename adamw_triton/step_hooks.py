@@ -32,6 +32,14 @@ def with_hooks(func: Callable[_P, _R]) -> Callable[_P, _R]:
     return hooked_step
 
 
+def exclude_from_compilation(optimizer: type, method: str) -> None:
+    """Have torch.compile leave the step alone: it is one kernel already."""
+    function = getattr(optimizer, method)
+    if not getattr(function, "_torchdynamo_disable", False):  # not on import, since that imports the compiler
+        reason = "AdamW's step is one kernel already: there is nothing in it to compile"
+        setattr(optimizer, method, torch.compiler.disable(function, reason=reason))
+
+
 def _has_hooks(optimizer: Optimizer) -> bool:
     return bool(
         optimizer._optimizer_step_pre_hooks

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
-from .storage import CODES, GROUP_SIZE, SCALES
+from .storage import CODED, GROUP_SIZE, MASTER_ENTRIES, ROUNDED_PARAMS, Formats, StateTensors, n_groups, remainder_of
 from .strides import overlaps_itself
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_UP_TO_FP32 = (torch.float32, torch.bfloat16, torch.float16)
-_MASTER_ENTRIES = ("param_remainder", "master_param")
-_LIKE_PARAM = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", *_MASTER_ENTRIES)
+_FLOATS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_SPECIAL = (*(coded.codes for coded in CODED.values()), *MASTER_ENTRIES)
+LIKE_PARAM = (*_FLOATS, *_SPECIAL)  # state entries that have something for each of the parameter's elements
 _MOMENT_DTYPES = {
     "exp_avg_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.int8),
     "exp_avg_sq_dtype": (torch.float32, torch.bfloat16, torch.float16, torch.uint8),
@@ -143,32 +143,36 @@ def check_grad(param: Tensor, grad: Tensor) -> None:
         )
 
 
+def shape_of_entry(name: str, dtype: torch.dtype, param: Tensor) -> torch.Size:
+    """Return the shape of a state entry that has something for each of the parameter's elements."""
+    two_bytes = name == "param_remainder" and dtype == torch.uint8
+    return torch.Size((*param.shape, 2)) if two_bytes else param.shape
+
+
 def check_entries(param: Tensor, entries: Mapping[str, Any]) -> None:
     """Refuse state that does not belong to the parameter, or whose parts do not belong together.
 
     Raises:
         RuntimeError: an entry that is not a tensor, or of another shape, device or kind of number than the
-            parameter, an 8-bit moment without its scale, or a remainder of a parameter that has none.
+            parameter, codes without their scale, a moment twice, or a remainder of a parameter that has none.
     """
-    for name in _LIKE_PARAM:
+    for name in LIKE_PARAM:
         if name in entries:
             _check_entry(param, name, entries[name])
-    coded = [name for name in _MASTER_ENTRIES if name in entries]
-    coded += [name for name in SCALES if name in entries and entries[name].dtype == CODES[name]]
-    if coded and param.dtype not in _UP_TO_FP32:
+    special = [name for name in _SPECIAL if name in entries]
+    if special and param.dtype not in ROUNDED_PARAMS:
         raise RuntimeError(
-            f"state {coded[0]!r} ({_describe(entries[coded[0]])}) is for float32, bfloat16 and float16 parameters; "
+            f"state {special[0]!r} ({_describe(entries[special[0]])}) is for float32, bfloat16 and float16 parameters; "
             f"got one of dtype {param.dtype}"
         )
-    for name, scale in SCALES.items():
-        is_coded = name in entries and entries[name].dtype == CODES[name]
-        if is_coded != (scale in entries):
-            raise RuntimeError(
-                f"state {name!r} of dtype {entries[name].dtype if name in entries else None} does not go with "
-                f"{'a' if scale in entries else 'no'} state {scale!r}: {CODES[name]} has it, and nothing else"
-            )
-        if is_coded:
-            _check_scale(param, scale, entries[scale])
+    for name, coded in CODED.items():
+        if (coded.codes in entries) != (coded.scale in entries):
+            has, lacks = (coded.codes, coded.scale) if coded.codes in entries else (coded.scale, coded.codes)
+            raise RuntimeError(f"state {has!r} is there, but not {lacks!r}, which belongs to it")
+        if coded.codes in entries and name in entries:
+            raise RuntimeError(f"state has {name!r} and {coded.codes!r}; a moment is stored as one of them")
+        if coded.scale in entries:
+            _check_scale(param, coded.scale, entries[coded.scale])
     step = entries.get("step", 0.0)
     if isinstance(step, Tensor):
         check_memory(step, "state 'step'")
@@ -180,45 +184,63 @@ def _check_entry(param: Tensor, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise RuntimeError(f"state {name!r} must be a tensor, got {type(value).__name__}")
     check_memory(value, f"state {name!r}")
-    is_moment = name not in _MASTER_ENTRIES
+    is_float = name in _FLOATS
     if (
-        value.shape != param.shape
+        value.shape != shape_of_entry(name, value.dtype, param)
         or value.device != param.device
-        or (is_moment and value.is_complex() != param.is_complex())
+        or (is_float and value.is_complex() != param.is_complex())
     ):
         raise RuntimeError(
             f"state {name!r} ({_describe(value)}) does not match its parameter ({_describe(param)}); "
             f"move the model before the optimizer's first step, or load_state_dict() after moving it"
         )
-    if is_moment and not (_is_supported(value.dtype) or value.dtype == CODES.get(name)):
-        raise RuntimeError(f"state {name!r} of dtype {value.dtype} is not supported; use a floating-point dtype")
-    if name == "param_remainder" and (value.dtype not in (torch.int16, torch.int8) or param.dtype != torch.bfloat16):
-        raise RuntimeError(
-            f"state {name!r} must be int16 or int8, of a bfloat16 parameter; got {value.dtype} of a {param.dtype} one"
-        )
+    if is_float and not _is_supported(value.dtype):
+        codes = f", or codes as {CODED[name].codes!r}" if name in CODED else ""
+        raise RuntimeError(f"state {name!r} of dtype {value.dtype} is not supported; use a floating-point dtype{codes}")
+    for coded in CODED.values():
+        if name == coded.codes and value.dtype != coded.dtype:
+            raise RuntimeError(f"state {name!r} must be {coded.dtype}, got {value.dtype}")
+    if name == "param_remainder":
+        _check_remainder(param, value)
     if name == "master_param" and value.dtype != torch.float32:
         raise RuntimeError(f"state {name!r} must be float32, got {value.dtype}")
 
 
+def _check_remainder(param: Tensor, value: Tensor) -> None:
+    if value.dtype not in (torch.uint8, torch.int8, torch.int16) or param.dtype != torch.bfloat16:
+        raise RuntimeError(
+            f"state 'param_remainder' must be int8, or uint8 with a last dimension of 2, of a bfloat16 parameter; got "
+            f"{value.dtype} of a {param.dtype} one"
+        )
+    try:
+        remainder_of(value)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the two bytes of each element of state 'param_remainder' must lie together; got strides {value.stride()}"
+        ) from error
+
+
 def _check_scale(param: Tensor, name: str, value: object) -> None:
-    expected = -(-param.numel() // GROUP_SIZE)
+    expected = n_groups(param.numel())
     if isinstance(value, Tensor):
         check_memory(value, f"state {name!r}")
     if (
         not isinstance(value, Tensor)
-        or value.shape != (expected,)
+        or value.numel() != expected
         or value.dtype != torch.float32
         or value.device != param.device
         or not value.is_contiguous()
     ):
         given = _describe(value) if isinstance(value, Tensor) else type(value).__name__
         raise RuntimeError(
-            f"state {name!r} ({given}) must be float32 of shape ({expected},), contiguous, on {param.device}: "
+            f"state {name!r} ({given}) must be float32 of {expected} elements, contiguous, on {param.device}: "
             f"one for each {GROUP_SIZE} of {param.numel()} elements"
         )
 
 
-def check_rounding(param: Tensor, entries: Mapping[str, Any], *, stochastic: bool, numbers: Mapping[str, int]) -> None:
+def check_rounding(
+    param: Tensor, grad: Tensor, state: StateTensors, *, stochastic: bool, numbers: Mapping[str, int]
+) -> None:
     """Refuse stochastic rounding where there is nothing to round, and what belongs to it without it.
 
     Args:
@@ -235,18 +257,12 @@ def check_rounding(param: Tensor, entries: Mapping[str, Any], *, stochastic: boo
             raise ValueError(f"{name} must be from 0 to {limit} - 1; got {value}")
         if value and not stochastic:
             raise ValueError(f"{name}={value} is of stochastic rounding; give it with stochastic_rounding=True")
-    if not stochastic:
-        return
-    remainder = entries.get("param_remainder")
-    stored = [entries["exp_avg"].dtype, entries["exp_avg_sq"].dtype]
-    stored += [param.dtype] if remainder is None and "master_param" not in entries else []
-    rounds = any(dtype in stored for dtype in (torch.bfloat16, *CODES.values()))
-    rounds = rounds or (remainder is not None and remainder.dtype == torch.int8)
-    if param.dtype not in _UP_TO_FP32 or not rounds:
+    formats = Formats.of(param, grad.dtype, state)
+    if stochastic and not formats.can_round_stochastically:
         raise ValueError(
             f"stochastic_rounding=True rounds what is stored in bfloat16, 8-bit moments and 24-bit master weights, of "
-            f"float32, bfloat16 and float16 parameters; got a parameter of {param.dtype}, moments of {stored[0]} and "
-            f"{stored[1]}"
+            f"float32, bfloat16 and float16 parameters; got a parameter of {param.dtype}, moments of {formats.exp_avg} "
+            f"and {formats.exp_avg_sq}"
         )
 
 
@@ -280,7 +296,7 @@ def check_storage(options: Mapping, params: Sequence[Tensor]) -> None:
 
 def _check_storage_of(param: Tensor, options: Mapping, bits: int | None) -> None:
     of_param = f"a parameter of dtype {param.dtype} (shape {tuple(param.shape)})"
-    if param.dtype not in _UP_TO_FP32:
+    if param.dtype not in ROUNDED_PARAMS:
         raise ValueError(
             f"storage options are for float32, bfloat16 and float16; got {of_param}. "
             f"Put it into a param group without them"
@@ -309,7 +325,7 @@ def _rounds_something(options: Mapping, params: Sequence[Tensor]) -> bool:
     for param in params:
         default = param.dtype if bits is None else torch.float32
         moments = (options["exp_avg_dtype"] or default, options["exp_avg_sq_dtype"] or default)
-        if any(dtype in moments for dtype in (torch.bfloat16, *CODES.values())) or (
+        if any(dtype in moments for dtype in (torch.bfloat16, torch.int8, torch.uint8)) or (
             param.dtype == torch.bfloat16 and bits != 32
         ):
             return True

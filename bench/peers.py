@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adamw_triton import AdamW
-from adamw_triton.storage import StorageOptions
+from adamw_triton.storage import GROUP_SIZE, StorageOptions
 
 from . import common
 from .policies import Policy
@@ -66,6 +66,19 @@ class Peer:
             return metadata.version(self.package)
         except metadata.PackageNotFoundError:
             return None
+
+
+def single_shape(elements: int, policy: Policy) -> tuple[int, ...]:
+    """Return the shape of one tensor whose moments are stored as the policy says.
+
+    Raises:
+        Unavailable: 8-bit moments, and a number of elements that has no rows of whole groups.
+    """
+    if elements % GROUP_SIZE == 0:
+        return elements // GROUP_SIZE, GROUP_SIZE
+    if not policy.exp_avg.is_floating_point:
+        raise Unavailable(f"got {elements} elements; {policy.name} needs a multiple of {GROUP_SIZE}")
+    return (elements,)
 
 
 def problem(shapes: Sequence[tuple[int, ...]], policy: Policy, device: torch.device) -> tuple[list[Tensor], Moments]:

@@ -107,7 +107,7 @@ class Case:
         stepped: Sequence[peers.Peer] = (),
         starter: peers.Starter | None = None,
     ) -> None:
-        (self.param,), (self.moments,) = peers.problem([(elements,)], policy, device)
+        (self.param,), (self.moments,) = peers.problem([peers.single_shape(elements, policy)], policy, device)
         assert self.param.grad is not None
         self.policy = policy
         self.grad = self.param.grad
@@ -284,7 +284,11 @@ def measure(options: argparse.Namespace) -> list[Record]:
                     found += _errors(policy, case, f"needs {needed / 1e9:.1f} GB, {room / 1e9:.1f} may be used")
                     continue
                 stepped, errors = peers_that_fit(policy, elements, room - needed)
-                made = Case(policy, elements, device, stepped, starter)
+                try:
+                    made = Case(policy, elements, device, stepped, starter)
+                except peers.Unavailable as error:
+                    found += _errors(policy, f"{policy.name} {size_name(elements)}", str(error))
+                    continue
                 samples = timing.device_ms(made.calls, device, samples=options.samples, flush=flush)
                 found += rates(policy, elements, made.bytes, samples, errors | made.errors, nominal)
                 del made

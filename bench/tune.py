@@ -122,7 +122,12 @@ def measure(options: argparse.Namespace) -> list[Record]:
             if needed_bytes(policy, options.size) > FREE_SHARE * free_bytes(device):
                 found.append({**failed, "case": f"{policy.name} {size_name(options.size)}", "error": "does not fit"})
                 continue
-            (param,), (moments,) = peers.problem([(options.size,)], policy, device)
+            try:
+                shape = peers.single_shape(options.size, policy)
+            except peers.Unavailable as error:
+                found.append({**failed, "case": f"{policy.name} {size_name(options.size)}", "error": str(error)})
+                continue
+            (param,), (moments,) = peers.problem([shape], policy, device)
             assert param.grad is not None
             state = StateTensors.from_entries(moments, policy.amsgrad)
             for entry in options.entry or ENTRIES:

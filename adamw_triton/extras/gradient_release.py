@@ -58,6 +58,10 @@ def register_gradient_release(model: nn.Module, optimizer: AdamW) -> GradientRel
     return GradientRelease(optimizer)
 
 
+def is_released(optimizer: AdamW) -> bool:
+    return optimizer in _RELEASED
+
+
 class GradientRelease:
     """Handle of `register_gradient_release`; the hooks work without it too."""
 
@@ -94,7 +98,7 @@ class GradientRelease:
         if optimizer.max_grad_norm is not None:
             raise ValueError(f"gradient release: {_needs_all_gradients(optimizer)}")
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning rate schedulers look for
-        optimizer._update(plan, [{**optimizer.param_groups[group], "params": [param]}])
+        optimizer._update(plan, [{**optimizer._groups[group], "params": [param]}])
         param.grad = None
 
     def remove(self) -> None:

@@ -1,15 +1,19 @@
 """Storage formats of parameters and moments, in eager torch: the specification of kernels/storage.py."""
 
-from .eight_bit import CODES, GROUP_SIZE, SCALES, decode, encode
-from .formats import Formats, StateBytes, StateTensors, StorageOptions, entry_names
-from .master_weights import join, master_weight, split
+from .eight_bit import CODED, GROUP_SIZE, decode, encode, n_groups, scale_shape
+from .formats import ROUNDED_PARAMS, Formats, StateTensors, entry_names
+from .master_weights import ENTRIES as MASTER_ENTRIES
+from .master_weights import join, master_weight, remainder_entry, remainder_of, split
+from .options import StorageOptions, moment
 from .rounding import PHILOX_ROUNDS, NoiseKey, noise, round_to_bfloat16
+from .state_bytes import StateBytes
 
 __all__ = [
-    "CODES",
+    "CODED",
     "GROUP_SIZE",
+    "MASTER_ENTRIES",
     "PHILOX_ROUNDS",
-    "SCALES",
+    "ROUNDED_PARAMS",
     "Formats",
     "NoiseKey",
     "StateBytes",
@@ -20,7 +24,12 @@ __all__ = [
     "entry_names",
     "join",
     "master_weight",
+    "moment",
+    "n_groups",
     "noise",
+    "remainder_entry",
+    "remainder_of",
     "round_to_bfloat16",
+    "scale_shape",
     "split",
 ]

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..strides import flat
 
 GROUP_SIZE = 128  # elements that share a scale
-SCALES = {"exp_avg": "exp_avg_scale", "exp_avg_sq": "exp_avg_sq_scale"}
-CODES = {"exp_avg": torch.int8, "exp_avg_sq": torch.uint8}
+
+
+class Coded(NamedTuple):
+    """How a moment is stored in 8 bits: dtype of the codes, and names of the state entries of codes and scales."""
+
+    dtype: torch.dtype
+    codes: str
+    scale: str
+
+
+CODED = {
+    "exp_avg": Coded(torch.int8, "exp_avg_codes", "exp_avg_scale"),
+    "exp_avg_sq": Coded(torch.uint8, "exp_avg_sq_codes", "exp_avg_sq_scale"),
+}
 _SMALLEST_SQUARED = 16.0001  # of codes of exp_avg_sq, 4²: what all random bits round to 4
 _LARGEST_SQUARED = {"exp_avg": 127**2 * (1 + 2**-20), "exp_avg_sq": 255**2 * (1 + 2**-20)}
 _NOT_ZERO = 1e-30
@@ -20,17 +35,33 @@ def n_groups(n_elements: int) -> int:
     return -(-n_elements // GROUP_SIZE)
 
 
+def scale_shape(like: Tensor) -> tuple[int, int] | None:
+    """Return the shape of the scales of a parameter whose moments can have 8 bits; None if they cannot.
+
+    They can where a row, which is all that follows the first dimension, is a multiple of GROUP_SIZE elements, and lies
+    in one piece of memory. Groups then never cross a row, and the scales, (rows, groups of a row), can be sliced,
+    concatenated and sharded along the first dimension as the parameter is.
+
+    Args:
+        like: a tensor in the shape and the dense layout of the parameter's state.
+    """
+    row = math.prod(like.shape[1:])
+    if not row or row % GROUP_SIZE or (like.shape[0] > 1 and like.stride(0) != row):
+        return None
+    return like.shape[0], row // GROUP_SIZE
+
+
 def decode(name: str, codes: Tensor, scale: Tensor) -> Tensor:
     """Return the float32 values of a moment, in the layout of its codes.
 
     Args:
         name: "exp_avg" or "exp_avg_sq".
         codes: int8 or uint8, dense.
-        scale: float32 [n_groups].
+        scale: float32 of n_groups elements, contiguous.
     """
     value = torch.empty_like(codes, dtype=torch.float32)
     largest = 127 if name == "exp_avg" else 255
-    units = _per_element(scale * (1.0 / largest**2), codes.numel())
+    units = _per_element(scale.reshape(-1) * (1.0 / largest**2), codes.numel())
     code = flat(codes).to(torch.float32)
     root = code * code.abs() * units
     flat(value).copy_(root if name == "exp_avg" else root * root)
@@ -38,7 +69,7 @@ def decode(name: str, codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def encode(name: str, value: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the codes and the scale of a dense floating-point tensor; `decode` is the inverse.
+    """Return the codes and the scales [n_groups] of a dense floating-point tensor; `decode` is the inverse.
 
     Args:
         name: "exp_avg" or "exp_avg_sq".
@@ -47,7 +78,7 @@ def encode(name: str, value: Tensor, noise: Tensor | None = None) -> tuple[Tenso
             probabilities that make the mean of the decoded values exact; None: to the nearest.
     """
     value = value.to(torch.float32)
-    codes = torch.empty_like(value, dtype=CODES[name])
+    codes = torch.empty_like(value, dtype=CODED[name].dtype)
     n_elements = value.numel()
     magnitude = flat(value).abs() if name == "exp_avg" else flat(value).sqrt()
     padded = torch.zeros(n_groups(n_elements) * GROUP_SIZE, dtype=torch.float32, device=value.device)

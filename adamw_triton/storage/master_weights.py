@@ -14,6 +14,23 @@ REMAINDERS = {32: torch.int16, 24: torch.int8}
 ENTRIES = ("param_remainder", "master_param")
 
 
+def remainder_entry(remainder: Tensor) -> Tensor:
+    """Return a remainder as it is kept in the state: of 16 bits two bytes, uint8 with a last dimension of 2.
+
+    Neither NCCL nor gloo can send int16. The memory is that of the remainder.
+    """
+    return remainder.unsqueeze(-1).view(torch.uint8) if remainder.dtype == torch.int16 else remainder
+
+
+def remainder_of(entry: Tensor) -> Tensor:
+    """Return what `remainder_entry` made an entry of: int16 or int8, the entry's memory.
+
+    Raises:
+        RuntimeError: the two bytes of an element do not lie together.
+    """
+    return entry.view(torch.int16).squeeze(-1) if entry.dtype == torch.uint8 else entry
+
+
 def join(param: Tensor, remainder: Tensor) -> Tensor:
     """Return the float32 weights of a bf16 parameter and its int16 or int8 remainder, dense."""
     high = dense(param).to(torch.float32).view(torch.int32)
@@ -54,7 +71,7 @@ def master_weight(param: Tensor, entries: Mapping[str, Any]) -> Tensor:
     is the weight itself.
     """
     if "param_remainder" in entries:
-        return join(param.detach(), entries["param_remainder"])
+        return join(param.detach(), remainder_of(entries["param_remainder"]))
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return param.detach()
     weight = param.detach().to(torch.float32)
