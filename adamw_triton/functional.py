@@ -167,7 +167,7 @@ def adamw_(
         >>> param
         tensor([0.9000, 0.9000, 0.9000])
     """
-    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decouple_lr": False}
+    options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     check_hyperparams(options)
     if step < 1:
         raise ValueError(f"step must be at least 1, the number of this update; got {step}")

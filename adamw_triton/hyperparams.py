@@ -22,7 +22,7 @@ class Hyperparams(NamedTuple):
     def from_group(cls, group: Mapping[str, Any]) -> Hyperparams:
         """Take them from a param group; the tensors themselves, whose values may change in place."""
         beta1, beta2 = group["betas"]
-        decay_lr = group["decay_lr"] if group["decouple_lr"] else 1.0
+        decay_lr = group["decay_lr"] if group.get("decouple_lr") else 1.0
         return cls(group["lr"], beta1, beta2, float(group["eps"]), group["weight_decay"], decay_lr)
 
     def numbers(self) -> tuple[float, ...]:

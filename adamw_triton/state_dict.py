@@ -106,11 +106,10 @@ def _check(param: Tensor, key: Any, values: Mapping[str, Any]) -> None:
         value = values[name]
         if not isinstance(value, Tensor):
             raise ValueError(f"loaded state {name!r} of parameter {key} must be a tensor, got {type(value).__name__}")
-        expected = shape_of_entry(name, value.dtype, param)
-        if value.shape != expected:
+        if value.shape != shape_of_entry(name, value.dtype, param):
             raise ValueError(
-                f"loaded state {name!r} of parameter {key} has shape {tuple(value.shape)}, its parameter asks for "
-                f"{tuple(expected)}; build the optimizer from the same parameters in the same order"
+                f"loaded state {name!r} of parameter {key} has shape {tuple(value.shape)}, the parameter "
+                f"{tuple(param.shape)}; build the optimizer from the same parameters in the same order"
             )
     try:
         for name, value in values.items():

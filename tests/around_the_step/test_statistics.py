@@ -28,7 +28,7 @@ from adamw_triton.storage import StateTensors
 from bench.policies import POLICIES
 
 OPTIONS = {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
-SIZES = (1, 7, 129, 2501)
+SIZES = (1, 7, 129, 2501, (5, 384))
 SUMS = 7 * 2.0**-24
 U = 2.0**-24
 
@@ -50,8 +50,7 @@ def moments(entries, amsgrad):
     """As the step reads them; zeros are what there is before the first."""
     values = []
     for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + amsgrad]:
-        scale = entries.get(storage.SCALES.get(name))
-        values.append(entries[name].clone() if scale is None else storage.decode(name, entries[name], scale))
+        values.append(storage.moment(name, entries).clone())
     return values
 
 

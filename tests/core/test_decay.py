@@ -122,7 +122,7 @@ def test_decouple_lr(schedule, capturable, tensor_lr, device, path):
         for scheduler in filter(None, schedulers):
             scheduler.step()
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-7)
-    assert mine.param_groups[0]["decay_lr"] == pytest.approx(lr)
+    assert mine.group_options[0]["decay_lr"] == pytest.approx(lr)
 
 
 def test_decouple_lr_goes_on_from_a_checkpoint(device, path):
@@ -149,13 +149,11 @@ def test_checkpoints_without_these_options_leave_them_on(of, device, path):
     other = torch.optim.AdamW(params, lr=0.5) if of == "torch" else AdamW(params, lr=0.5)
     other.step()
     saved = copy.deepcopy(other.state_dict())
-    for group in saved["param_groups"]:
-        for name in ("cautious", "decouple_lr"):
-            group.pop(name, None)
     optimizer = AdamW(params, lr=0.1, cautious=True, decouple_lr=True)
     optimizer.load_state_dict(saved)
-    (group,) = optimizer.param_groups
-    assert group["cautious"] and group["decouple_lr"] and group["decay_lr"] == 0.1 and group["lr"] == 0.5
+    (options,) = optimizer.group_options
+    assert options["cautious"] and options["decouple_lr"] and options["decay_lr"] == 0.1
+    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_decouple_lr_with_a_scheduler_that_changes_the_initial_one(device, path):

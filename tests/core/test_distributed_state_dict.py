@@ -115,19 +115,21 @@ def test_codes_cannot_be_taken_for_moments(storage, name, device, tmp_path):
     """An optimizer with floats asks for names that the checkpoint does not have."""
     options = StateDictOptions(**OPTIONS[name])
     model, optimizer = trained(AdamW, storage, device)
-    dcp.save({"optim": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=tmp_path)
+    dcp.save(
+        {"optim": get_optimizer_state_dict(model, optimizer, options=options)}, checkpoint_id=tmp_path, no_dist=True
+    )
     fresh, target = trained(AdamW, "fp32", device, steps=0)
     template = {"optim": get_optimizer_state_dict(fresh, target, options=options)}
     with pytest.raises((RuntimeError, dcp.api.CheckpointException), match="exp_avg"):
-        dcp.load(template, checkpoint_id=tmp_path)
+        dcp.load(template, checkpoint_id=tmp_path, no_dist=True)
 
 
 def hand_over(model, optimizer, fresh, target, options, folder):
     """Save from one optimizer and load into the other, through files or not."""
     state_dict = {"optim": copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))}
     if folder is not None:
-        dcp.save(state_dict, checkpoint_id=folder)
+        dcp.save(state_dict, checkpoint_id=folder, no_dist=True)
         state_dict = {"optim": get_optimizer_state_dict(fresh, target, options=options)}
-        dcp.load(state_dict, checkpoint_id=folder)
+        dcp.load(state_dict, checkpoint_id=folder, no_dist=True)
     set_optimizer_state_dict(fresh, target, state_dict["optim"], options=options)
     fresh.load_state_dict(model.state_dict())

@@ -13,7 +13,7 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 
 def test_amsgrad_switched_on_later_is_refused(device, path):
-    param = nn.Parameter(torch.ones(200, device=device))
+    param = nn.Parameter(torch.ones(2, 128, device=device))
     optimizer = AdamW([param], exp_avg_sq_dtype=torch.uint8)
     param.grad = torch.full_like(param, 0.01)
     optimizer.step()
@@ -53,7 +53,7 @@ def test_option_changed_to_what_cannot_be_is_refused(name, value, device, path):
 
 
 def test_option_changed_to_what_can_be_converts_the_state(device, path):
-    param = nn.Parameter(torch.randn(300, device=device).bfloat16())
+    param = nn.Parameter(torch.randn(3, 128, device=device).bfloat16())
     optimizer = AdamW([param])
     for options in ({}, {"exp_avg_dtype": torch.int8}, {"master_weight_bits": 24}, {"exp_avg_dtype": FP32}):
         optimizer.param_groups[0].update(options)
@@ -61,14 +61,14 @@ def test_option_changed_to_what_can_be_converts_the_state(device, path):
         optimizer.step()
     state = optimizer.state[param]
     assert state["step"] == 4 and state["exp_avg"].dtype == FP32 and state["param_remainder"].dtype == torch.int8
-    assert "exp_avg_scale" not in state
+    assert "exp_avg_codes" not in state and "exp_avg_scale" not in state
 
 
 def test_strided_scales(device, path):
     """Refused where they are given, packed where they are loaded."""
-    n = 512
-    param, grad = torch.randn(n, device=device), torch.randn(n, device=device)
-    codes = torch.zeros(n, dtype=torch.int8, device=device), torch.zeros(n, dtype=torch.uint8, device=device)
+    shape = (4, 128)
+    param, grad = torch.randn(shape, device=device), torch.randn(shape, device=device)
+    codes = torch.zeros(shape, dtype=torch.int8, device=device), torch.zeros(shape, dtype=torch.uint8, device=device)
     both = torch.zeros(4, 2, device=device)
     before = param.clone()
     with pytest.raises(RuntimeError, match="contiguous"):
@@ -82,8 +82,8 @@ def test_strided_scales(device, path):
     params[1].data.copy_(params[0])
     state_dict = copy.deepcopy(optimizers[0].state_dict())
     entries = state_dict["state"][0]
-    both = torch.stack([entries["exp_avg_scale"], entries["exp_avg_sq_scale"]], dim=1)
-    entries.update(exp_avg_scale=both[:, 0], exp_avg_sq_scale=both[:, 1])
+    both = torch.stack([entries["exp_avg_scale"], entries["exp_avg_sq_scale"]], dim=2)
+    entries.update(exp_avg_scale=both[..., 0], exp_avg_sq_scale=both[..., 1])
     optimizers[1].load_state_dict(state_dict)
     for p, optimizer in zip(params, optimizers, strict=True):
         p.grad = grad
