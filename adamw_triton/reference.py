@@ -88,7 +88,9 @@ def adamw_(
 def _noise(key: NoiseKey, step: float, param: Tensor, state: StateTensors, new_param: Tensor) -> Iterable[Tensor]:
     dtypes = [state.exp_avg.dtype, state.exp_avg_sq.dtype, *([param.dtype] if state.master is None else [])]
     guarded = new_param if torch.bfloat16 in dtypes else None  # a NaN to which bits are added can become a number
-    return storage.noise(key, int(step), param.numel(), guarded, param.device)
+    of_param, of_exp_avg, of_exp_avg_sq = storage.noise(key, int(step), param.numel(), guarded, param.device)
+    both_coded = state.exp_avg_scale is not None and state.exp_avg_sq_scale is not None
+    return of_param, of_exp_avg, of_exp_avg if both_coded else of_exp_avg_sq
 
 
 def _load_param(param: Tensor, state: StateTensors) -> Tensor:

@@ -6,7 +6,7 @@ import argparse
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,10 +19,10 @@ from torch.optim import Optimizer
 from adamw_triton import AdamW, param_groups_weight_decay
 
 from . import common, records
-from .codes import CODES, Code
 from .data import batches, corpus
 from .gpt import GPT, Sizes
 from .loop import schedule
+from .moments import BASELINE, EPS, KINDS, gradient_records, mixed_records, update_records
 from .policies import BY_NAME, Policy
 from .records import Record
 
@@ -32,13 +32,15 @@ and batches; forward and backward in fp32 from the stored weights, gradients rou
 the optimizer differs; "torch bf16" is torch.optim.AdamW on bf16 parameters. "update": 8-bit moments of each kind, kept
 in step with the fp32 ones on the gradients of a training run; the error of the update relative to its norm (mean over
 steps) and of its worst element, in units of the learning rate. "gradients": weights whose gradients are tiny, rare or
-always zero, in the same groups as ordinary ones; the error of all they moved in 1000 steps relative to that."""
+always zero, in the same groups as ordinary ones; the error of all they moved in 1000 steps relative to that. "mixed":
+gradients of magnitudes from 1e-9 to 1 in the same groups; the largest movement in 300 steps, the same over fp32's (the
+largest of 8 seeds), and the largest single step, in units of the learning rate. "long": one training run of each of
+some policies with beta2 = 0.999 and more steps."""
 
 SIZES = Sizes(layers=2, heads=4, width=128, context=64)
 BATCH = 8
-LR, WEIGHT_DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.95), 1e-8
+LR, WEIGHT_DECAY, BETAS = 1e-3, 0.1, (0.9, 0.95)
 MAX_GRAD_NORM = 1.0
-BASELINE = "fp32"
 TORCH = "torch bf16"
 TRAINED = (
     BASELINE,
@@ -48,7 +50,9 @@ TRAINED = (
     "bf16-stochastic",
     TORCH,
 )
-PARTS = ("training", "update", "gradients")
+LONG_TRAINED = (BASELINE, "bf16-master32-bf16", "bf16-master24-8bit", "bf16-master24-8bit-stochastic")
+LONG_BETAS = (0.9, 0.999)
+PARTS = ("training", "update", "gradients", "mixed", "long")
 POINTS = 50  # of a loss curve, each the mean of the steps since the last
 VALIDATION_BATCHES = 32
 
@@ -56,7 +60,7 @@ VALIDATION_BATCHES = 32
 class Trainee:
     """A GPT that computes in fp32 and whose weights are stored, and stepped, as a policy says."""
 
-    def __init__(self, name: str, seed: int, device: torch.device) -> None:
+    def __init__(self, name: str, seed: int, device: torch.device, betas: tuple[float, float] = BETAS) -> None:
         torch.manual_seed(seed)
         self.model = GPT(SIZES).to(device)
         policy: Policy = BY_NAME["bf16" if name == TORCH else name]
@@ -66,7 +70,7 @@ class Trainee:
         by_param = dict(zip(self.computing, self.stored, strict=True))
         for group in groups:
             group["params"] = [by_param[param] for param in group["params"]]
-        options: dict[str, Any] = {"lr": LR, "betas": BETAS, "eps": EPS}
+        options: dict[str, Any] = {"lr": LR, "betas": betas, "eps": EPS}
         self.optimizer: Optimizer
         if name == TORCH:
             self.optimizer = torch.optim.AdamW(groups, **options)
@@ -99,9 +103,11 @@ class Trainee:
         self.optimizer.step()
 
 
-def train(name: str, seed: int, steps: int, device: torch.device) -> Iterator[tuple[Trainee, float]]:
+def train(
+    name: str, seed: int, steps: int, device: torch.device, betas: tuple[float, float] = BETAS
+) -> Iterator[tuple[Trainee, float]]:
     """The trainee before each step, with its gradients and loss, and once more after the last."""
-    trainee = Trainee(name, seed, device)
+    trainee = Trainee(name, seed, device, betas)
     data, _ = corpus()
     for step, batch in enumerate(batches(data, batch=BATCH, context=SIZES.context, count=steps, seed=seed)):
         yield trainee, trainee.gradients(*batch)
@@ -109,9 +115,11 @@ def train(name: str, seed: int, steps: int, device: torch.device) -> Iterator[tu
     yield trainee, math.nan
 
 
-def training_record(name: str, seed: int, steps: int, device: torch.device) -> Record:
+def training_record(
+    name: str, seed: int, steps: int, device: torch.device, betas: tuple[float, float] = BETAS, case: str = "training"
+) -> Record:
     losses: list[float] = []
-    for trainee, loss in train(name, seed, steps, device):  # noqa: B007
+    for trainee, loss in train(name, seed, steps, device, betas):  # noqa: B007
         losses.append(loss)
     losses.pop()
     trainee.load()
@@ -121,13 +129,13 @@ def training_record(name: str, seed: int, steps: int, device: torch.device) -> R
         validation = statistics.fmean(trainee.loss(*batch).item() for batch in batches(held_out, **sizes))
     every = max(1, steps // POINTS)
     curve = [statistics.fmean(losses[i : i + every]) for i in range(0, len(losses) - every + 1, every)]
-    record: Record = {"command": "accuracy", "case": f"training, seed {seed}", "provider": name, "seed": seed}
+    record: Record = {"command": "accuracy", "case": f"{case}, seed {seed}", "provider": name, "seed": seed}
     if not (math.isfinite(validation) and all(map(math.isfinite, curve))):
         return {**record, "error": "diverged"}
     return {**record, "steps": steps, "steps_per_point": every, "losses": curve, "validation_loss": validation}
 
 
-def summaries(found: list[Record]) -> list[Record]:
+def summaries(found: list[Record], case: str = "training") -> list[Record]:
     """Of each policy over the seeds: the mean, and how it compares with the baseline's spread."""
     by_policy: dict[str, dict[int, float]] = {}
     for record in found:
@@ -139,7 +147,7 @@ def summaries(found: list[Record]) -> list[Record]:
         differences = [loss - baseline[seed] for seed, loss in losses.items() if seed in baseline]
         row: Record = {
             "command": "accuracy",
-            "case": "training",
+            "case": case,
             "provider": name,
             "mean_loss": statistics.fmean(losses.values()),
             "seed_spread": max(losses.values()) - min(losses.values()),
@@ -151,112 +159,12 @@ def summaries(found: list[Record]) -> list[Record]:
     return rows
 
 
-# The error of the update
-
-
-class Moments:
-    """exp_avg and exp_avg_sq of several tensors, as they are after having been stored."""
-
-    def __init__(self, code: Code, betas: tuple[float, float]) -> None:
-        self.code = code
-        self.betas = betas
-        self.stored: list[tuple[Tensor, Tensor]] = []
-        self.steps = 0
-
-    def update(self, gradients: list[Tensor]) -> list[Tensor]:
-        """Take the gradients in; returns the update in units of the learning rate."""
-        beta1, beta2 = self.betas
-        self.stored = self.stored or [(torch.zeros_like(g), torch.zeros_like(g)) for g in gradients]
-        self.steps += 1
-        correction1, correction2 = 1 - beta1**self.steps, 1 - beta2**self.steps
-        updates = []
-        for i, g in enumerate(gradients):
-            m, v = self.stored[i]
-            m, v = m.lerp(g, 1 - beta1), beta2 * v + (1 - beta2) * g * g
-            updates.append(m / correction1 / ((v / correction2).sqrt() + EPS))
-            self.stored[i] = self.code.exp_avg(m), self.code.exp_avg_sq(v)
-        return updates
-
-
-def update_records(steps: int, device: torch.device, show: Callable[[Any], Any]) -> list[Record]:
-    """Each code next to fp32, on the gradients of one fp32 training run."""
-    names = [name for name in CODES if name != BASELINE]
-    betas = [(BETAS[0], beta2) for beta2 in (0.95, 0.999)]
-    exact = {b: Moments(CODES[BASELINE], b) for b in betas}
-    coded = {(name, b): Moments(CODES[name], b) for name in names for b in betas}
-    relative: dict[Any, list[float]] = {key: [] for key in coded}
-    worst = dict.fromkeys(coded, 0.0)
-    for trainee, loss in show(train(BASELINE, 0, steps, device)):
-        if math.isnan(loss):
-            break
-        gradients = [p.grad.flatten().cpu() for p in trainee.stored]
-        expected = {b: torch.cat(moments.update(gradients)) for b, moments in exact.items()}
-        for key, moments in coded.items():
-            error = torch.cat(moments.update(gradients)) - expected[key[1]]
-            relative[key].append((error.norm() / expected[key[1]].norm()).item())
-            worst[key] = max(worst[key], error.abs().max().item())
-    return [
-        {
-            "command": "accuracy",
-            "case": f"update, beta2 {b[1]:g}",
-            "provider": name,
-            "beta2": b[1],
-            "steps": steps,
-            "bytes_per_element": CODES[name].bytes_per_element,
-            "relative_error": statistics.fmean(relative[name, b]),
-            "worst_element": worst[name, b],
-        }
-        for name, b in coded
-    ]
-
-
-# Gradients that are hard to store
-
-KINDS: dict[str, Callable[[Tensor], Tensor]] = {
-    "ordinary": lambda normal: 1e-3 * normal,
-    "1e-8": lambda normal: 1e-8 * normal,
-    "1e-12": lambda normal: 1e-12 * normal,
-    "spiky": lambda normal: torch.where(normal.abs() > 2.576, 0.1 * normal, torch.zeros_like(normal)),  # 1 in 100
-    "zero": torch.zeros_like,
-}
-
-
-def gradient_records(steps: int = 1000) -> list[Record]:
-    """Weights of every kind interleaved in one tensor, stepped with each code and with fp32."""
-    kinds = list(KINDS)
-    n = 128 * 5 * len(kinds)
-    kind_of = torch.arange(n) % len(kinds)
-    found: list[Record] = []
-    for beta2 in (0.95, 0.999):
-        generator = torch.Generator().manual_seed(0)
-        moments = {name: Moments(code, (BETAS[0], beta2)) for name, code in CODES.items()}
-        moved = {name: torch.zeros(n, dtype=torch.float64) for name in CODES}
-        for _ in range(steps):
-            normal = torch.randn(n, generator=generator)
-            gradient = torch.zeros(n)
-            for index, kind in enumerate(kinds):
-                gradient[kind_of == index] = KINDS[kind](normal[kind_of == index])
-            for name, kept in moments.items():
-                moved[name] += kept.update([gradient])[0].double()
-        for name in CODES:
-            if name == BASELINE:
-                continue
-            record: Record = {
-                "command": "accuracy", "case": f"gradients, beta2 {beta2:g}", "provider": name, "beta2": beta2,
-            }  # fmt: skip
-            for index, kind in enumerate(kinds):
-                error = (moved[name] - moved[BASELINE])[kind_of == index].norm()
-                distance = moved[BASELINE][kind_of == index].norm()
-                record[f"error_{kind}"] = (error / distance).item() if distance > 0 else error.item()
-            found.append(record)
-    return found
-
-
 def add_options(parser: common.Parser) -> None:
     add = parser.add_argument
     add("--steps", type=common.positive_int, default=1500, help="of each training run")
     add("--seeds", type=common.positive_int, default=3, help="how many")
     add("--update-steps", type=common.positive_int, default=300, help="of the run that gives gradients")
+    add("--long-steps", type=common.positive_int, default=4000, help="of each long training run")
     add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="some of the parts")
     add("--device", type=common.device, default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
 
@@ -273,8 +181,18 @@ def measure(options: argparse.Namespace, console: Console | None = None) -> list
         found += summaries(found)
     if "update" in options.only:
         steps = options.update_steps
-        found += update_records(steps, options.device, lambda run: show(run, "updates", steps + 1))
-    return found + (gradient_records() if "gradients" in options.only else [])
+        found += update_records(show(train(BASELINE, 0, steps, options.device), "updates", steps + 1), steps)
+    if "gradients" in options.only:
+        found += gradient_records()
+    if "mixed" in options.only:
+        found += mixed_records()
+    if "long" in options.only:
+        long = [
+            training_record(name, 0, options.long_steps, options.device, LONG_BETAS, "long")
+            for name in show(LONG_TRAINED, "long training", len(LONG_TRAINED))
+        ]
+        found += [*long, *summaries(long, "long")]
+    return found
 
 
 TABLES = {
@@ -286,6 +204,12 @@ TABLES = {
     },
     "update": {"bytes_per_element": "bytes of m and v", "relative_error": "relative", "worst_element": "worst element"},
     "gradients": {f"error_{kind}": kind for kind in KINDS},
+    "mixed": {
+        "largest_movement": "largest movement",
+        "movement_over_fp32": "over fp32's",
+        "largest_step": "largest step",
+    },
+    "long": {"mean_loss": "validation loss", "mean_difference": "from fp32"},
 }
 
 

@@ -38,7 +38,7 @@ def _ours(name: str) -> Callable[[Tensor], Tensor]:
 
 
 def _ours_stochastic(name: str) -> Callable[[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # the same bits for both moments
 
     def store(value: Tensor) -> Tensor:
         noise = torch.randint(2**16, (value.numel(),), dtype=torch.int32, generator=generator)

@@ -126,9 +126,13 @@ def draw_bytes(axes: Axes, found: list[Record]) -> bool:
     return True
 
 
+def _is_training(record: Record) -> bool:
+    return record["command"] == "accuracy" and "losses" in record and not record["case"].startswith("long")
+
+
 def draw_training(axes: Axes, found: list[Record]) -> bool:
     """Loss curves of fp32, and how far those of the other policies are from them, seed by seed."""
-    runs = {(r["provider"], r["seed"]): r for r in found if r["command"] == "accuracy" and "losses" in r}
+    runs = {(r["provider"], r["seed"]): r for r in found if _is_training(r)}
     if not runs:
         return False
     providers = list(dict.fromkeys(provider for provider, _ in runs))

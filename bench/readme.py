@@ -119,6 +119,12 @@ def training(document: dict[str, Any]) -> str:
     return markdown(headings, rows) + conditions(document)
 
 
+def long(document: dict[str, Any]) -> str:
+    found = [r for r in document["records"] if r["command"] == "accuracy" and r["case"] == "long"]
+    rows = [[r["provider"], f"{r['mean_loss']:.4f}", f"{r['mean_difference']:+.4f}"] for r in found]
+    return markdown(["policy", "validation loss", "from fp32, same seed"], rows) + conditions(document)
+
+
 def update(document: dict[str, Any]) -> str:
     found = [r for r in document["records"] if r["command"] == "accuracy" and "relative_error" in r]
     betas = list(dict.fromkeys(r["beta2"] for r in found))
@@ -137,6 +143,14 @@ def gradients(document: dict[str, Any]) -> str:
     kinds = [key for key in found[0] if key.startswith("error_")]
     rows = [[r["provider"], f"{r['beta2']:g}", *(f"{r[kind]:.2g}" for kind in kinds)] for r in found]
     return markdown(["m and v", "β₂", *(kind.removeprefix("error_") for kind in kinds)], rows) + conditions(document)
+
+
+def mixed(document: dict[str, Any]) -> str:
+    found = [r for r in document["records"] if r["command"] == "accuracy" and "largest_step" in r]
+    keys = ("largest_movement", "movement_over_fp32", "largest_step")
+    rows = [[r["provider"], f"{r['beta2']:g}", *(f"{r[key]:.3g}" for key in keys)] for r in found]
+    headings = ["m and v", "β₂", "largest movement", "over fp32's", "largest step"]
+    return markdown(headings, rows) + conditions(document)
 
 
 def train(document: dict[str, Any]) -> str:
@@ -159,6 +173,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "features": features,
     "norm": norm,
     "gradients": gradients,
+    "long": long,
+    "mixed": mixed,
     "host": host,
     "memory": memory,
     "static": static,

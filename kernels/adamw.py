@@ -126,6 +126,8 @@ def _step_elements(
             offsets.shape[0],
             ROUNDING != "stochastic",
         )
+        if m_scale_ptr is not None and v_scale_ptr is not None:
+            noise = (noise[0], noise[1], noise[1])  # m / sqrt(v) is off by less where both are rounded the same way
     storage.store_param(param_ptr, master_ptr, offsets, param, noise[0], mask, EVICTION)
     storage.store_exp_avg(exp_avg_ptr, m_scale_ptr, offsets, exp_avg, noise[1], mask, remaining, EVICTION)
     storage.store_exp_avg_sq(

@@ -7,12 +7,14 @@ from: where it is not, it was written by others than the step (a checkpoint, say
 
 8-bit moments. GROUP_SIZE consecutive elements share one fp32 scale. exp_avg is sign * 127 sqrt(|m| / scale), scale the
 largest |m|; exp_avg_sq is 255 sqrt(sqrt(v) / scale), scale the largest sqrt(v), and at least 4: a v that is lost
-while its m is not throws its weight away, and where both have their smallest codes it may not move far. Both are
-decoded by multiplications, and sqrt(v) is what the update computes anyway.
+while its m is not throws its weight away, and where both have their smallest codes it may not move far. Rounded
+stochastically, what is less than 4 becomes 4 or 5: with 4 alone, where gradients have magnitudes of 1e-9 to 1, weights
+moved up to twice as far as in fp32. Both are decoded by multiplications, and sqrt(v) is what the update computes anyway.
 
 Stochastic rounding to bf16 adds random bits below the last one that is kept and truncates. A code goes up to the next
 with the probability that makes the mean of the decoded values exact: rounded to nearest, a v that shrinks by 0.1 % a
-step, or an m of few codes, stays where it is for ever. The bits are Philox4x32 (Salmon et al.,
+step, or an m of few codes, stays where it is for ever. Codes of both moments are rounded by the same bits: their ratio
+is what moves a weight, and errors of one sign cancel in it. The bits are Philox4x32 (Salmon et al.,
 https://doi.org/10.1145/2063384.2063405), keyed on the seed and counted by update, parameter and index of the element in
 the whole parameter; 128 of them serve 8 elements.
 """
@@ -28,6 +30,7 @@ PHILOX_ROUNDS: tl.constexpr = tl.constexpr(7)  # the fewest that pass BigCrush, 
 _LARGEST_SQUARED: tl.constexpr = tl.constexpr(127 * 127 * (1 + 2**-20))
 _LARGEST_ROOT: tl.constexpr = tl.constexpr(255 * 255 * (1 + 2**-20))
 _SMALLEST_SQUARED: tl.constexpr = tl.constexpr(16.0001)  # of codes of exp_avg_sq, 4²: what is above 3.5 for every u
+_BELOW_SQUARED: tl.constexpr = tl.constexpr(4.5 * 4.5)  # what is rounded stochastically instead of less, to 4 or 5
 # Added to a float in [-2^22, 2^22], it rounds to an integer that stands in the lowest bits.
 _ROUND: tl.constexpr = tl.constexpr(12582912.0)
 _NOT_ZERO: tl.constexpr = tl.constexpr(1e-30)  # whose reciprocal root is finite
@@ -200,10 +203,12 @@ def store_exp_avg_sq(ptr, scale_ptr, offsets, value, root, noise, mask, remainin
         BLOCK_SIZE: tl.constexpr = offsets.shape[0]
         scale = _largest(root, mask, BLOCK_SIZE)
         per_scale = _per_element(_per_scale(scale, _LARGEST_ROOT), BLOCK_SIZE)
-        squared = tl.maximum(root * per_scale, _SMALLEST_SQUARED)
+        squared = root * per_scale
         if noise is None:
+            squared = tl.maximum(squared, _SMALLEST_SQUARED)
             code = tl.fma(squared, tl.rsqrt(squared), _ROUND)
         else:
+            squared = tl.where(squared >= _SMALLEST_SQUARED, squared, _BELOW_SQUARED)
             # Up from c where u ((c + 1)⁴ - c⁴) < y⁴ - c⁴: for large c where c < sqrt(y² - 3 u (1 - u)) - u, and with a
             # term in 1 / y², which was fitted, to 4e-4 of the probability from c = 4 on.
             centred = _centred(noise)

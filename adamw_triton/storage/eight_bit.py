@@ -25,7 +25,8 @@ CODED = {
     "exp_avg": Coded(torch.int8, "exp_avg_codes", "exp_avg_scale"),
     "exp_avg_sq": Coded(torch.uint8, "exp_avg_sq_codes", "exp_avg_sq_scale"),
 }
-_SMALLEST_SQUARED = 16.0001  # of codes of exp_avg_sq, 4²: what all random bits round to 4
+_SMALLEST_SQUARED = 16.0001  # of codes of exp_avg_sq, 4²: the least that all random bits round to 4 or more
+_BELOW_SQUARED = 4.5**2  # what random bits round instead of less, to 4 or 5
 _LARGEST_SQUARED = {"exp_avg": 127**2 * (1 + 2**-20), "exp_avg_sq": 255**2 * (1 + 2**-20)}
 _NOT_ZERO = 1e-30
 _SMALLEST_SCALE = 1e-33
@@ -91,8 +92,12 @@ def encode(name: str, value: Tensor, noise: Tensor | None = None) -> tuple[Tenso
         code = torch.where(flat(value) < 0, -code, code)
     else:
         # A v that is lost while its m is not throws its weight away.
-        squared = squared.nan_to_num(0.0).clamp(min=_SMALLEST_SQUARED)
-        code = _nearest_root(squared) if noise is None else _stochastic_fourth_root(squared, noise)
+        squared = squared.nan_to_num(0.0)
+        if noise is None:
+            code = _nearest_root(squared.clamp(min=_SMALLEST_SQUARED))
+        else:
+            squared = torch.where(squared >= _SMALLEST_SQUARED, squared, _BELOW_SQUARED)
+            code = _stochastic_fourth_root(squared, noise)
     flat(codes).copy_(code)
     return codes, scale
 

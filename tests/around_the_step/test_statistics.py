@@ -48,10 +48,8 @@ def masters(optimizer):
 
 def moments(entries, amsgrad):
     """As the step reads them; zeros are what there is before the first."""
-    values = []
-    for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + amsgrad]:
-        values.append(storage.moment(name, entries).clone())
-    return values
+    names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 2 + amsgrad]
+    return [storage.moment(name, entries).clone() for name in names]
 
 
 def storage_slack(policy, weights):

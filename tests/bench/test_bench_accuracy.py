@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adamw_triton import launch
-from bench import accuracy, records
+from bench import accuracy, moments, records
 from bench.codes import CODES, dynamic_map
 
 VALUES = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 1000)
@@ -43,24 +43,40 @@ def test_levels_of_the_codes():
 def test_moments_are_adamws():
     """The update of exact moments is what torch's optimizer moves a weight by."""
     param = torch.nn.Parameter(torch.zeros(50, dtype=torch.float64))
-    optimizer = torch.optim.AdamW([param], lr=1.0, betas=(0.9, 0.95), eps=accuracy.EPS, weight_decay=0.0)
-    moments = accuracy.Moments(CODES["fp32"], (0.9, 0.95))
+    optimizer = torch.optim.AdamW([param], lr=1.0, betas=(0.9, 0.95), eps=moments.EPS, weight_decay=0.0)
+    exact = moments.Moments(CODES["fp32"], (0.9, 0.95))
     total = torch.zeros(50, dtype=torch.float64)
     for step in range(5):
         gradient = torch.randn(50, generator=torch.Generator().manual_seed(step))
         param.grad = gradient.double()
         optimizer.step()
-        total -= moments.update([gradient])[0].double()
+        total -= exact.update([gradient])[0].double()
     torch.testing.assert_close(total, param.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_whole_study_in_small(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "has_kernels", lambda device: False)  # as where the interpreter is not asked for
     path = tmp_path / "accuracy.json"
-    argv = ["--steps", "4", "--seeds", "2", "--update-steps", "3", "--device", "cpu", "--json", str(path)]
+    argv = [
+        "--steps",
+        "4",
+        "--seeds",
+        "2",
+        "--update-steps",
+        "3",
+        "--long-steps",
+        "3",
+        "--device",
+        "cpu",
+        "--json",
+        str(path),
+    ]
     assert accuracy.main(argv) == 0
     found = records.read(path)["records"]
-    runs = [r for r in found if "losses" in r]
+    long_runs = [r for r in found if r["case"] == "long, seed 0"]
+    assert [r["provider"] for r in long_runs] == list(accuracy.LONG_TRAINED) and all(r["steps"] == 3 for r in long_runs)
+    assert [r["provider"] for r in found if r["case"] == "long"] == list(accuracy.LONG_TRAINED)
+    runs = [r for r in found if "losses" in r and r["case"].startswith("training")]
     assert {(r["provider"], r["seed"]) for r in runs} == {(n, s) for n in accuracy.TRAINED for s in range(2)}
     summary = {r["provider"]: r for r in found if r["case"] == "training"}
     assert summary.keys() == set(accuracy.TRAINED) and summary["fp32"]["mean_difference"] == 0
@@ -71,7 +87,11 @@ def test_whole_study_in_small(tmp_path, monkeypatch):
     assert all(0 < r["relative_error"] < 1 and r["worst_element"] > 0 for r in updates)
     hard = [r for r in found if r["case"].startswith("gradients")]
     assert len(hard) == 2 * (len(CODES) - 1)
-    assert all(r[f"error_{kind}"] >= 0 for r in hard for kind in accuracy.KINDS)
+    assert all(r[f"error_{kind}"] >= 0 for r in hard for kind in moments.KINDS)
+    mixed = [r for r in found if r["case"].startswith("mixed")]
+    assert len(mixed) == 2 * len(CODES)
+    fp32 = [r for r in mixed if r["provider"] == "fp32"]
+    assert all(r["movement_over_fp32"] == 1.0 and 1 <= r["largest_step"] < 1.1 for r in fp32)
 
 
 def test_a_bad_policy_is_outside_of_the_spread():

@@ -183,8 +183,11 @@ def test_zero_stays_zero_and_the_smallest_code_holds(name, rounded, device, path
             codes, scale = encode(name, value, noise, path)
         others = torch.ones(2**16, dtype=torch.bool, device=device)
         others[::128] = False
-        assert (codes[others] == SMALLEST[name]).all()
-        assert (storage.decode(name, codes, scale)[others] <= 1.001 * scale_of * (16 / 255**2) ** 2).all()
+        if rounded and name == "exp_avg_sq":  # what is below the smallest code is as 4.5: either neighbour
+            assert set(codes[others].tolist()) == {4, 5}
+        else:
+            assert (codes[others] == SMALLEST[name]).all()
+        assert (storage.decode(name, codes, scale)[others] <= 1.001 * scale_of * (25 / 255**2) ** 2).all()
 
 
 def test_nan_and_infinity_stay_in_their_group(device, path):
@@ -291,16 +294,12 @@ def movement(options, beta2, seed, device):
 
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
 def test_mixed_magnitudes_do_not_run_away(beta2, device, path):
-    """With a smallest v code of 1, elements moved 7.9 learning rates in a step.
-
-    An m that is one learning rate or less of its v, both at the smallest codes, is rounded up to 9/4 of itself at
-    most, and its root of v down to 16/25 in the stochastic form: 3.5 learning rates.
-    """
+    """With a smallest v code of 1, elements moved 7.9 learning rates in a step."""
     reference, _ = movement({}, beta2, 0, device)
     moved, step = movement({**EIGHT_BITS, "stochastic_rounding": False}, beta2, 0, device)
     assert moved <= 2.2 * reference and step <= 2.5
     moved, step = movement(EIGHT_BITS, beta2, 0, device)
-    assert moved <= 1.5 * reference and step <= 3.5
+    assert moved <= 1.5 * reference and step <= 2.5
 
 
 def test_moments_do_not_stand_still(device, path):

@@ -156,7 +156,7 @@ def test_8_bit_v_reaches_its_fixed_point(start, beta2, device, path):
     """A constant gradient g: v tends to g², also from far above, where a code is a larger step than the decay."""
     if path == "kernel" and beta2 == 0.999 and launch.INTERPRETED:
         pytest.skip("8000 launches take minutes in the interpreter")
-    n, g = 384, 3.0
+    g = 3.0
     param = nn.Parameter(torch.zeros(3, 128, device=device))
     optimizer = AdamW(
         [param], lr=0.0, betas=(0.9, beta2), exp_avg_dtype="int8", exp_avg_sq_dtype="uint8", stochastic_rounding=False
