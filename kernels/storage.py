@@ -9,7 +9,8 @@ from: where it is not, it was written by others than the step (a checkpoint, say
 largest |m|; exp_avg_sq is 255 sqrt(sqrt(v) / scale), scale the largest sqrt(v), and at least 4: a v that is lost
 while its m is not throws its weight away, and where both have their smallest codes it may not move far. Rounded
 stochastically, what is less than 4 becomes 4 or 5: with 4 alone, where gradients have magnitudes of 1e-9 to 1, weights
-moved up to twice as far as in fp32. Both are decoded by multiplications, and sqrt(v) is what the update computes anyway.
+moved up to twice as far as in fp32. Both are decoded by multiplications, and sqrt(v) is what the update computes
+anyway.
 
 Stochastic rounding to bf16 adds random bits below the last one that is kept and truncates. A code goes up to the next
 with the probability that makes the mean of the decoded values exact: rounded to nearest, a v that shrinks by 0.1 % a

@@ -148,13 +148,13 @@ def test_skeleton(policy, n_elements):
 @needs_kernels
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_throughput_case(policy):
-    case = throughput.Case(policy, 1100, CPU)
+    case = throughput.Case(policy, 1152, CPU)
     assert throughput.TENSOR in case.calls and throughput.TABLE in case.calls
     assert (throughput.SKELETON in case.calls) == policy.is_plain
     assert case.calls.keys() | case.errors.keys() >= set(throughput.PROVIDERS) - {throughput.OUR_COPY}
-    assert case.bytes[throughput.TENSOR] == round(1100 * policy.bytes_per_element)
+    assert case.bytes[throughput.TENSOR] == round(1152 * policy.bytes_per_element)
     if policy.is_plain:
-        assert case.bytes[throughput.SKELETON] == 1100 * (policy.bytes_per_element - 2 * 4 * policy.amsgrad)
+        assert case.bytes[throughput.SKELETON] == 1152 * (policy.bytes_per_element - 2 * 4 * policy.amsgrad)
     assert abs(case.bytes[throughput.OUR_COPY] - case.bytes[throughput.TENSOR]) <= 32
     before = case.param.detach().clone()
     for name in (throughput.TENSOR, throughput.TABLE):
@@ -184,7 +184,7 @@ def test_throughput_launches_what_the_optimizer_would(policy, name, foreach, mon
 
     for kernel in ("adamw_kernel", "adamw_table_kernel"):
         monkeypatch.setattr(launch, kernel, Recorder(kernel))
-    case = throughput.Case(policy, 1100, CPU)
+    case = throughput.Case(policy, 1152, CPU)
     launched.clear()
     case.calls[name]()
     optimizer = AdamW([case.param], **peers.HYPER, **policy.options, foreach=foreach)
@@ -238,7 +238,7 @@ def test_configurations_step_alike(policy, entry):
     results = []
     for one in configurations:
         torch.manual_seed(1)
-        (param,), (moments,) = peers.problem([(700,)], policy, CPU)
+        (param,), (moments,) = peers.problem([(6, 128)], policy, CPU)
         tensors = [param.detach(), param.grad, *moments.values()]
         before = [tensor.clone() for tensor in tensors]
         state = StateTensors.from_entries(moments, policy.amsgrad)

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from adamw_triton import launch
+from adamw_triton.storage import StateTensors
 from bench import peers
 from bench.policies import BY_NAME, POLICIES, Policy
 
 CPU = torch.device("cpu")
-SHAPES = [(9, 7), (33,)]
+SHAPES = [(9, 7), (33,), (3, 128)]
 FP32 = BY_NAME["fp32"]
 HERE = ["adamw_triton", "adamw_triton foreach=False", "torch for-loop", "torch foreach", "torch fused"]
 
@@ -24,11 +25,21 @@ def test_problem_has_the_dtypes_of_the_policy(policy):
     params, moments = peers.problem(SHAPES, policy, CPU)
     for shape, param, state in zip(SHAPES, params, moments, strict=True):
         assert param.shape == param.grad.shape == shape
-        found = (param.dtype, param.grad.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype)
-        assert found == policy.dtypes
+        found = StateTensors.from_entries(state, policy.amsgrad)
+        expected = policy.dtypes
+        if shape != (3, 128) and not policy.exp_avg.is_floating_point:  # which has no rows of whole groups
+            expected = (*expected[:2], torch.float32, torch.float32)
+        assert (param.dtype, param.grad.dtype, found.exp_avg.dtype, found.exp_avg_sq.dtype) == expected
         assert ("max_exp_avg_sq" in state) == policy.amsgrad
         assert param.grad.abs().min() >= 0.5 and param.grad.abs().max() <= 1.5
         assert (param.grad > 0).any() and (param.grad < 0).any()
+
+
+def test_one_tensor_has_the_storage_of_its_policy():
+    assert peers.single_shape(1000, FP32) == (1000,)
+    assert peers.single_shape(1024, BY_NAME["fp32-8bit"]) == (8, 128)
+    with pytest.raises(peers.Unavailable, match="got 1000 elements; fp32-8bit needs a multiple of 128"):
+        peers.single_shape(1000, BY_NAME["fp32-8bit"])
 
 
 @pytest.mark.parametrize("name", HERE)
