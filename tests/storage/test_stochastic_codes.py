@@ -316,14 +316,17 @@ def movement(options, beta2, seed, device):
     return param.detach().abs().max().item() / lr, largest_step
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("beta2", [0.95, 0.999])
-def test_mixed_magnitudes_do_not_run_away(beta2, device, path):
+def test_mixed_magnitudes_do_not_run_away(beta2, seed, device, path):
     """With a smallest v code of 1, elements moved 7.9 learning rates in a step."""
-    reference, _ = movement({}, beta2, 0, device)
-    moved, step = movement({**EIGHT_BITS, "stochastic_rounding": False}, beta2, 0, device)
-    assert moved <= 2.2 * reference and step <= 2.5
-    moved, step = movement(EIGHT_BITS, beta2, 0, device)
+    if path == "kernel" and launch.INTERPRETED:
+        pytest.skip("900 launches take a minute in the interpreter; its codes are the eager ones, bit for bit")
+    reference, _ = movement({}, beta2, seed, device)
+    moved, step = movement(EIGHT_BITS, beta2, seed, device)
     assert moved <= 1.5 * reference and step <= 2.5
+    moved, step = movement({**EIGHT_BITS, "stochastic_rounding": False}, beta2, seed, device)
+    assert moved <= 2.2 * reference and step <= 2.5, "to the nearest, v stands still below what it should be"
 
 
 def test_moments_do_not_stand_still(device, path):
