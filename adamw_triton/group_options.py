@@ -104,6 +104,11 @@ class OptionsOfGroups:
         self.of(groups)
         return [{**group, **resolved} for group, resolved in zip(groups, self._resolved, strict=True)]
 
+    def merged_with(self, groups: Sequence[dict[str, Any]], index: int, params: list[Any]) -> dict[str, Any]:
+        """Return one group together with its options, and with these parameters instead of its own."""
+        self.of(groups)
+        return {**groups[index], **self._resolved[index], "params": params}
+
     def set(self, groups: Sequence[dict[str, Any]], options: Sequence[GroupOptions]) -> None:
         """Give these groups these options."""
         self._ids, self._options = list(map(id, groups)), list(options)

@@ -15,7 +15,7 @@ from .group_options import OURS, GroupOptions, OptionsOfGroups
 from .plan import Plan, StepInputs
 from .step_hooks import exclude_from_compilation, with_hooks
 from .storage import StateBytes, StorageOptions, master_weight
-from .validation import check_hyperparams, check_implementation, check_storage, is_trainable
+from .validation import check_hyperparams, check_implementation, check_storage, is_trainable, refuse_seed
 
 _DEFAULTS: dict[str, Any] = {
     "amsgrad": False,
@@ -167,7 +167,7 @@ class AdamW(Optimizer):
         self._reset()
         super().__init__(params, defaults)
         if not any(group["stochastic_rounding"] for group in self._groups):
-            _refuse_seed(seed)
+            refuse_seed(seed)
 
     def _reset(self) -> None:
         """Begin without plans, decisions and counters."""
@@ -199,7 +199,7 @@ class AdamW(Optimizer):
             resolved = its_options.resolved()
             check_storage({**group, **resolved}, [param for param in group["params"] if is_trainable(param)])
             if "seed" in ours and not resolved["stochastic_rounding"]:
-                _refuse_seed(its_options.seed)
+                refuse_seed(its_options.seed)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -240,15 +240,17 @@ class AdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._update(self._plans[0], self._groups)
+        self._update(self._plans[0])
         return loss
 
     profile_hook_step = staticmethod(with_hooks)  # which torch wraps `step` in
 
-    def _update(self, plan: Plan, groups: list[dict[str, Any]]) -> None:
+    def _update(self, plan: Plan, group: int | None = None, param: Tensor | None = None) -> None:
+        """Step all parameters, or one of a group."""
         if torch.is_inference_mode_enabled():  # which state must outlive
             with torch.inference_mode(False):
-                return self._update(plan, groups)
+                return self._update(plan, group, param)
+        groups = self._groups if group is None else [self._options.merged_with(self.param_groups, group, [param])]
         with torch.no_grad():
             plan.step(groups, self.state, self._step_inputs())
 
@@ -391,8 +393,3 @@ class AdamW(Optimizer):
 
     def _announce_amp_support(self) -> None:
         self._step_supports_amp_scaling = any(group["fused"] for group in self.param_groups)
-
-
-def _refuse_seed(seed: int) -> None:
-    if seed != 0:
-        raise ValueError(f"seed={seed} is of stochastic rounding; give it with stochastic_rounding=True")

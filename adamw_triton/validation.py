@@ -275,6 +275,8 @@ def check_storage(options: Mapping, params: Sequence[Tensor]) -> None:
     for name, allowed in _MOMENT_DTYPES.items():
         if options[name] is not None and options[name] not in allowed:
             raise ValueError(f"{name} must be None or one of {', '.join(map(str, allowed))}; got {options[name]!r}")
+    if not isinstance(options["stochastic_rounding"], bool):
+        raise ValueError(f"stochastic_rounding must be None, True or False; got {options['stochastic_rounding']!r}")
     seed = options["seed"]
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
         raise ValueError(f"seed must be an integer from 0 to 2**63 - 1; got {seed!r}")
@@ -292,6 +294,12 @@ def check_storage(options: Mapping, params: Sequence[Tensor]) -> None:
             "stochastic_rounding=True rounds what is stored in bfloat16, 8-bit moments and 24-bit master weights; this "
             "group has none of them. Leave it out, or store the moments in bfloat16 or 8 bits"
         )
+
+
+def refuse_seed(seed: int) -> None:
+    """Refuse a seed where nothing is rounded stochastically."""
+    if seed != 0:
+        raise ValueError(f"seed={seed} is of stochastic rounding; give it with stochastic_rounding=True")
 
 
 def _check_storage_of(param: Tensor, options: Mapping, bits: int | None) -> None:

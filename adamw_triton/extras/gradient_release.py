@@ -98,7 +98,7 @@ class GradientRelease:
         if optimizer.max_grad_norm is not None:
             raise ValueError(f"gradient release: {_needs_all_gradients(optimizer)}")
         optimizer._opt_called = True  # type: ignore[attr-defined]  # what learning rate schedulers look for
-        optimizer._update(plan, [{**optimizer._groups[group], "params": [param]}])
+        optimizer._update(plan, group, param)
         param.grad = None
 
     def remove(self) -> None:

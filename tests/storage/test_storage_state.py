@@ -175,6 +175,7 @@ REFUSED = [
     (FP32, {"stochastic_rounding": True}, "Leave it out"),
     (FP16, {"stochastic_rounding": True}, "Leave it out"),
     (BF16, {"stochastic_rounding": True, "master_weight_bits": 32}, "Leave it out"),
+    (BF16, {"stochastic_rounding": "yes"}, "None, True or False; got 'yes'"),
     (BF16, {"seed": 5}, "stochastic_rounding=True"),
     (BF16, {"seed": -1, "stochastic_rounding": True}, "got -1"),
     (BF16, {"seed": 0.5, "stochastic_rounding": True}, "got 0.5"),
