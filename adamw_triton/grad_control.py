@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,21 +45,6 @@ class GradNormOptions(NamedTuple):
                 raise ValueError(f"{name} must be None or a number above 0; got {value!r}")
         if not isinstance(self.skip_nonfinite, bool):
             raise ValueError(f"skip_nonfinite must be True or False; got {self.skip_nonfinite!r}")
-
-
-class NormOption:
-    """An attribute of the optimizer: one of its `GradNormOptions`, checked when it is set."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, optimizer: Any, owner: type | None = None) -> Any:
-        return self if optimizer is None else getattr(optimizer._norm_options, self._name)
-
-    def __set__(self, optimizer: Any, value: Any) -> None:
-        options = optimizer._norm_options._replace(**{self._name: value})
-        options.check()
-        optimizer._norm_options = options
 
 
 class GradScalerInputs(NamedTuple):

@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .validation import check_option_values
 
 
 class GroupOptions(NamedTuple):
@@ -30,17 +33,9 @@ class GroupOptions(NamedTuple):
         return self._replace(**changes)
 
     def with_decay_lr(self, lr: Any) -> GroupOptions:
-        """Return options with what `decouple_lr` divides by: the learning rate now, unless there is one already.
-
-        Raises:
-            ValueError: decouple_lr with a learning rate of 0.
-        """
-        if not self.decouple_lr or self.decay_lr is not None:
+        """Return options with what `decouple_lr` divides by: the learning rate now, if it is above 0."""
+        if not self.decouple_lr or self.decay_lr is not None or not float(lr) > 0:
             return self
-        if not float(lr) > 0:
-            raise ValueError(
-                f"decouple_lr=True decays by weight_decay * lr / initial lr; the initial lr must be above 0, got {lr}"
-            )
         # Not under the name of learning rate schedulers, some of which change it.
         return self._replace(decay_lr=float(lr))
 
@@ -64,14 +59,16 @@ _DTYPES = ("exp_avg_dtype", "exp_avg_sq_dtype")
 
 def _dtype(value: Any) -> Any:
     """Return the dtype of a name like "int8"; what is none is refused with the other options."""
-    dtype = getattr(torch, value, None) if isinstance(value, str) else None
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else None
     return dtype if isinstance(dtype, torch.dtype) else value
 
 
 class OptionsOfGroups:
     """The options of each of an optimizer's groups.
 
-    An option that is written to a group, by its user or a tool, is taken from there, and counts from then on.
+    They are found again by the group's place and address (a reference would keep the parameters of a removed group
+    alive), or by a parameter. An option that is written to a group, by its user or a tool, is taken from there, and
+    counts from then on.
 
     Args:
         defaults: of groups that have none of their own.
@@ -82,19 +79,23 @@ class OptionsOfGroups:
         self._ids: list[int] = []
         self._options: list[GroupOptions] = []
         self._resolved: list[dict[str, Any]] = []
+        self._of_param = WeakTensorKeyDictionary()
 
     def of(self, groups: Sequence[dict[str, Any]]) -> list[GroupOptions]:
         """Return the options of all groups, in order.
 
         Raises:
-            ValueError: decouple_lr with a learning rate of 0; nothing has changed then.
+            ValueError: an option was written that cannot be; it stays where it is, and the old one counts.
         """
         if list(map(id, groups)) != self._ids:
-            self._follow(groups)
+            known = dict(zip(enumerate(self._ids), self._options, strict=True))
+            self.set(groups, [known.get((i, id(group))) or self.find(group) for i, group in enumerate(groups)])
         for i, group in enumerate(groups):
-            if not _OUR_NAMES.isdisjoint(group):
-                self._options[i] = self._options[i].changed(group).with_decay_lr(group["lr"])
-                self._resolved[i] = self._options[i].resolved()
+            is_written = not _OUR_NAMES.isdisjoint(group)
+            if is_written or (self._options[i].decouple_lr and self._options[i].decay_lr is None):
+                options = self._options[i].changed(group).with_decay_lr(group["lr"])
+                check_option_values(options.resolved())
+                self.set(groups, [*self._options[:i], options, *self._options[i + 1 :]])
                 for name in OURS:
                     group.pop(name, None)
         return self._options
@@ -109,21 +110,18 @@ class OptionsOfGroups:
         self.of(groups)
         return {**groups[index], **self._resolved[index], "params": params}
 
+    def find(self, group: dict[str, Any]) -> GroupOptions:
+        """Return the options that the parameters of a group had when they were seen last."""
+        of_params = (self._of_param.get(param) for param in group["params"])
+        return next((options for options in of_params if options is not None), self.defaults)
+
     def set(self, groups: Sequence[dict[str, Any]], options: Sequence[GroupOptions]) -> None:
         """Give these groups these options."""
         self._ids, self._options = list(map(id, groups)), list(options)
         self._resolved = [each.resolved() for each in options]
-
-    def adopt(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Give copies of all groups, in their order, the options of these."""
-        same_number = len(groups) == len(self._options)
-        self.set(groups, self._options if same_number else [self.defaults] * len(groups))
-
-    def _follow(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Find the options of groups that were removed, reordered, or replaced one by one by copies."""
-        known = dict(zip(self._ids, self._options, strict=True))
-        in_place = self._options if len(groups) == len(self._options) else [self.defaults] * len(groups)
-        self.set(groups, [known.get(id(group), old) for group, old in zip(groups, in_place, strict=True)])
+        for group, its_options in zip(groups, options, strict=True):
+            for param in group["params"]:
+                self._of_param[param] = its_options
 
 
 _OUR_NAMES = frozenset(OURS)
@@ -144,10 +142,19 @@ def decay_of_saved(group: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a saved group says of cautious, decouple_lr and decay_lr, in its own keys or as `decay_to_save`.
 
     Groups of other implementations, and of ours without either, say nothing.
+
+    Raises:
+        ValueError: something else is saved there.
     """
-    found = {name: group[name] for name in ("cautious", "decouple_lr", "decay_lr") if name in group}
     saved = group.get("decoupled_weight_decay")
-    if isinstance(saved, str):
+    if not isinstance(saved, str):
+        return {name: group[name] for name in ("cautious", "decouple_lr", "decay_lr") if name in group}
+    try:
         changes = json.loads(saved)
-        found = {"cautious": changes.get("cautious", False), "decouple_lr": "decay_lr" in changes, **changes}
-    return found
+        if not changes.keys() <= {"cautious", "decay_lr"}:
+            raise ValueError
+    except (ValueError, AttributeError):
+        raise ValueError(
+            f"loaded state dict has decoupled_weight_decay={saved!r}; it must be True, or what AdamW.state_dict saves"
+        ) from None
+    return {"cautious": False, "decouple_lr": "decay_lr" in changes, **changes}

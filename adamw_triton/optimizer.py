@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from . import state_dict as state_dicts
-from .grad_control import GradDecision, GradNormOptions, GradScalerInputs, NormOption
+from .grad_control import GradDecision, GradNormOptions, GradScalerInputs
 from .group_options import OURS, GroupOptions, OptionsOfGroups
+from .norm_attributes import NormAttributes
 from .plan import Plan, StepInputs
 from .step_hooks import exclude_from_compilation, with_hooks
 from .storage import StateBytes, StorageOptions, master_weight
-from .validation import check_hyperparams, check_implementation, check_storage, is_trainable, refuse_seed
+from .validation import check_group, check_hyperparams, check_implementation, refuse_seed
 
 _DEFAULTS: dict[str, Any] = {
     "amsgrad": False,
@@ -27,7 +28,7 @@ _DEFAULTS: dict[str, Any] = {
 }  # of options that older checkpoints lack
 
 
-class AdamW(Optimizer):
+class AdamW(NormAttributes, Optimizer):
     r"""AdamW in one kernel: a drop-in replacement for `torch.optim.AdamW`.
 
     `AdamW(params, lr=1e-3, weight_decay=1e-2)` takes the steps that `torch.optim.AdamW` takes with the same
@@ -104,10 +105,6 @@ class AdamW(Optimizer):
         >>> optimizer.zero_grad()
     """
 
-    max_grad_norm = NormOption()
-    skip_nonfinite = NormOption()
-    skip_grad_norm_above = NormOption()
-
     def __init__(
         self,
         params: ParamsT,
@@ -178,6 +175,7 @@ class AdamW(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters with options of its own; refused like the arguments of the class."""
         ours: dict[str, Any] = {}
+        known = self._options.defaults
         if isinstance(param_group, dict):
             options = {**self.defaults, **param_group}
             check_hyperparams(options)
@@ -188,22 +186,23 @@ class AdamW(Optimizer):
                         f"{name}={param_group[name]!r} of a param group: it is of the whole optimizer; "
                         f"give it to AdamW(...) itself"
                     )
+            if not options["decoupled_weight_decay"]:
+                raise ValueError("decoupled_weight_decay=False is torch.optim.Adam; AdamW's weight decay is decoupled")
+            if "decoupled_weight_decay" in param_group:  # it was a group before
+                known = self._options.find(param_group)
             ours = {name: value for name, value in param_group.items() if name in OURS}
             if ours:  # which the caller's dict keeps
                 param_group = {name: value for name, value in param_group.items() if name not in OURS}
-        known = list(self._options.of(self.param_groups))
+        of_others = list(self._options.of(self.param_groups))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            its_options = self._options.defaults.changed(ours).with_decay_lr(group["lr"])
-            resolved = its_options.resolved()
-            check_storage({**group, **resolved}, [param for param in group["params"] if is_trainable(param)])
-            if "seed" in ours and not resolved["stochastic_rounding"]:
-                refuse_seed(its_options.seed)
-        except ValueError:
+            its_options = known.changed(ours).with_decay_lr(group["lr"])
+            check_group({**group, **its_options.resolved()}, seed_given="seed" in ours)
+        except Exception:
             self.param_groups.pop()
             raise
-        self._options.set(self.param_groups, [*known, its_options])
+        self._options.set(self.param_groups, [*of_others, its_options])
         self._announce_amp_support()
 
     @property
@@ -263,42 +262,6 @@ class AdamW(Optimizer):
         """Free what is kept for CUDA graphs that hold steps; they must not be replayed any more."""
         for plan in self._plans:
             plan.forget_captures()
-
-    @property
-    def _home(self) -> torch.device:
-        """Device of the first parameter."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                return param.device
-        return torch.device("cpu")
-
-    def _decision_on(self, device: torch.device) -> GradDecision:
-        if device not in self._decisions:
-            with torch.inference_mode(False):
-                self._decisions[device] = GradDecision(device)
-        return self._decisions[device]
-
-    @property
-    def grad_norm(self) -> Tensor | None:
-        return self._decision_on(self._home).values[2] if self._norm_options.need_norm else None
-
-    @property
-    def skipped_steps(self) -> Tensor:
-        return self._decision_on(self._home).skipped
-
-    @property
-    def update_norm(self) -> Tensor | None:
-        return self._norm_of_statistics(0)
-
-    @property
-    def param_norm(self) -> Tensor | None:
-        return self._norm_of_statistics(1)
-
-    def _norm_of_statistics(self, index: int) -> Tensor | None:
-        if not self.statistics:
-            return None
-        sums = [of_plan for plan in self._plans if (of_plan := plan.sums_of_squares(self._home)) is not None]
-        return torch.stack(sums).sum(dim=0)[index].sqrt() if sums else None
 
     def torch_state_dict(self) -> dict[str, Any]:
         """The state as `torch.optim.AdamW.state_dict` has it, to be loaded there.
@@ -371,23 +334,28 @@ class AdamW(Optimizer):
             hook.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._options.of(self.param_groups)
-        ours = {name: self.__dict__[name] for name in ("_options", "_norm_options", "statistics")}
+        options = (self._options.defaults, list(self._options.of(self.param_groups)))
+        ours = {"_norm_options": self._norm_options, "statistics": self.statistics, "_options": options}
         return {**super().__getstate__(), **ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also how Optimizer.load_state_dict installs what it has loaded.
+        state = dict(state)
+        if "_options" in self.__dict__:
+            defaults, known = self._options.defaults, self._options.of(self.param_groups)
+        else:  # unpickled or copied
+            defaults, known = state.pop("_options", (GroupOptions(), []))
         super().__setstate__(state)
         for group in self.param_groups:
             for name, value in _DEFAULTS.items():
                 group.setdefault(name, value)
             group["decoupled_weight_decay"] = True
         if "_plans" not in self.__dict__:  # unpickled or copied
-            self.__dict__.setdefault("_options", OptionsOfGroups(GroupOptions()))
             self.__dict__.setdefault("_norm_options", GradNormOptions())
             self.__dict__.setdefault("statistics", False)
             self._reset()
-        self._options.adopt(self.param_groups)
+        self._options = OptionsOfGroups(defaults)
+        self._options.set(self.param_groups, known or [defaults] * len(self.param_groups))
         state_dicts.restore(self._groups, self.state)
         self._announce_amp_support()
 

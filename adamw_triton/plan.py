@@ -36,7 +36,7 @@ from .launch_group import GradLayout, ParamWork
 from .signature import Signature
 from .step_counts import place_steps
 from .storage import StorageOptions
-from .validation import check_hyperparams, check_implementation, check_storage
+from .validation import check_decay_lr, check_hyperparams, check_implementation, check_storage
 
 _options_of = itemgetter(
     "foreach", "amsgrad", "maximize", "capturable", "differentiable", "cautious", *StorageOptions._fields
@@ -134,6 +134,7 @@ class Plan:
         if self._values is None or len(values) != len(self._values) or not all(map(is_, values, self._values)):
             for group in groups:
                 check_hyperparams(group)
+                check_decay_lr(group)
             self._hyperparams = list(map(Hyperparams.from_group, groups))
             # What a tensor or a list holds can change while the object stays.
             is_fixed = not any(isinstance(value, Tensor) for of_group in self._hyperparams for value in of_group)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .group_options import OURS, GroupOptions, decay_of_saved, decay_to_save
 from .storage import CODED, MASTER_ENTRIES, StorageOptions, moment, remainder_entry
-from .validation import LIKE_PARAM, check_entries, check_memory, check_storage, is_trainable, shape_of_entry
+from .validation import LIKE_PARAM, check_entries, check_group, check_memory, shape_of_entry
 
 # How a step is carried out and stored belongs to the optimizer that does it; what it computes, to the checkpoint.
 _NOT_LOADED_KEYS = ("foreach", "fused", "capturable", "differentiable")
@@ -57,9 +57,7 @@ def pack(
             saved.pop(name, None)
         saved.update({name: group[name] for name in _NOT_LOADED_KEYS}, decoupled_weight_decay=True, **decay)
         loaded = its_options.changed(decay).with_decay_lr(saved["lr"]).resolved()
-        check_storage(
-            {"amsgrad": False, **saved, **loaded}, [param for param in group["params"] if is_trainable(param)]
-        )
+        check_group({"amsgrad": False, **saved, **loaded, "params": group["params"]}, seed_given=False)
 
     params = dict(
         zip(
@@ -85,7 +83,7 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
         if coded.scale in values and name in values and coded.codes not in values:
             renamed[coded.codes] = renamed.pop(name)
     remainder = values.get("param_remainder")
-    if isinstance(remainder, Tensor) and remainder.dtype == torch.int16:
+    if isinstance(remainder, Tensor):
         renamed["param_remainder"] = remainder_entry(remainder)
     return renamed
 

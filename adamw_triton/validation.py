@@ -216,7 +216,8 @@ def _check_remainder(param: Tensor, value: Tensor) -> None:
         remainder_of(value)
     except RuntimeError as error:
         raise RuntimeError(
-            f"the two bytes of each element of state 'param_remainder' must lie together; got strides {value.stride()}"
+            f"the two bytes of each element of state 'param_remainder' must lie together, at a multiple of 2 bytes; "
+            f"got strides {value.stride()} and offset {value.storage_offset()}"
         ) from error
 
 
@@ -266,25 +267,50 @@ def check_rounding(
         )
 
 
+def check_option_values(options: Mapping) -> None:
+    """Refuse values of options that torch's AdamW does not have and that work for no parameter.
+
+    Raises:
+        ValueError: which option, and what it may be.
+    """
+    for name, allowed in _MOMENT_DTYPES.items():
+        if options[name] is not None and options[name] not in allowed:
+            raise ValueError(f"{name} must be None or one of {', '.join(map(str, allowed))}; got {options[name]!r}")
+    for name in ("stochastic_rounding", "cautious", "decouple_lr"):
+        if not isinstance(options[name], bool):
+            either = "None, True or False" if name == "stochastic_rounding" else "True or False"
+            raise ValueError(f"{name} must be {either}; got {options[name]!r}")
+    seed = options["seed"]
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1; got {seed!r}")
+    bits = options["master_weight_bits"]
+    if bits is not None and (type(bits) is not int or bits not in (24, 32)):
+        raise ValueError(f"master_weight_bits must be None, 24 or 32; got {bits!r}")
+
+
+def check_decay_lr(options: Mapping) -> None:
+    """Refuse `decouple_lr` without a learning rate to divide by.
+
+    Raises:
+        ValueError: that was 0 when it was set.
+    """
+    if options["decouple_lr"] and not (options["decay_lr"] or 0) > 0:
+        raise ValueError(
+            f"decouple_lr=True decays by weight_decay * lr / initial lr; the initial lr must be above 0, got "
+            f"{options['lr'] if options['decay_lr'] is None else options['decay_lr']}"
+        )
+
+
 def check_storage(options: Mapping, params: Sequence[Tensor]) -> None:
     """Refuse storage options that cannot work for a group of parameters that are stepped.
 
     Raises:
         ValueError: which options, for which parameters, and what to do instead.
     """
-    for name, allowed in _MOMENT_DTYPES.items():
-        if options[name] is not None and options[name] not in allowed:
-            raise ValueError(f"{name} must be None or one of {', '.join(map(str, allowed))}; got {options[name]!r}")
-    if not isinstance(options["stochastic_rounding"], bool):
-        raise ValueError(f"stochastic_rounding must be None, True or False; got {options['stochastic_rounding']!r}")
-    seed = options["seed"]
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise ValueError(f"seed must be an integer from 0 to 2**63 - 1; got {seed!r}")
+    check_option_values(options)
+    bits = options["master_weight_bits"]
     if options["amsgrad"] and options["exp_avg_sq_dtype"] == torch.uint8:
         raise ValueError("amsgrad=True needs an exp_avg_sq_dtype other than uint8: a maximum of codes is not kept")
-    bits = options["master_weight_bits"]
-    if bits is not None and (type(bits) is not int or bits not in (24, 32)):
-        raise ValueError(f"master_weight_bits must be None, 24 or 32; got {bits!r}")
     if not any(options[name] for name in _STORAGE):
         return
     for param in params:
@@ -294,6 +320,18 @@ def check_storage(options: Mapping, params: Sequence[Tensor]) -> None:
             "stochastic_rounding=True rounds what is stored in bfloat16, 8-bit moments and 24-bit master weights; this "
             "group has none of them. Leave it out, or store the moments in bfloat16 or 8 bits"
         )
+
+
+def check_group(options: Mapping, *, seed_given: bool) -> None:
+    """Refuse a group with all its options that cannot be stepped.
+
+    Raises:
+        ValueError: of `check_storage` and `check_decay_lr`, or a seed of the group's own without stochastic rounding.
+    """
+    check_storage(options, [param for param in options["params"] if is_trainable(param)])
+    check_decay_lr(options)
+    if seed_given and not options["stochastic_rounding"]:
+        refuse_seed(options["seed"])
 
 
 def refuse_seed(seed: int) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..optimizer import AdamW
-from ..storage import CODED, GROUP_SIZE, MASTER_ENTRIES, StorageOptions, scale_shape
+from ..storage import CODED, GROUP_SIZE, MASTER_ENTRIES, StorageOptions, moment, scale_shape
 from ..strides import flat
 from ..validation import check_entries, check_param
 from .gradient_release import is_released
@@ -24,6 +25,7 @@ def replace_param(optimizer: AdamW, old: Tensor, new: Tensor, pieces: Sequence[P
 
     Whoever makes `new` gives it its values; where there are master weights, what is taken from `old` must have the
     values of `old`, which its state completes. Codes of 8-bit moments are moved with their scales, not rounded again.
+    Entries of the state that are not AdamW's are dropped.
 
     Args:
         optimizer: whose groups have `old`. `new` gets its index there, its step count and its options.
@@ -51,16 +53,18 @@ def replace_param(optimizer: AdamW, old: Tensor, new: Tensor, pieces: Sequence[P
     """
     if is_released(optimizer):
         raise ValueError("replace_param: gradient release has hooks on the old parameter; remove() its handle first")
-    group, place = _place(optimizer, old)
+    places = _places(optimizer, old)
     check_param(new)
+    if not new.is_leaf:
+        raise ValueError("replace_param: the new parameter is no leaf, and would get no gradient; make it a Parameter")
     if any(p is new for g in optimizer.param_groups for p in g["params"]):
         raise ValueError("replace_param: the new parameter is in the optimizer already")
     if not -old.dim() <= dim < old.dim():
         raise ValueError(f"replace_param: dim={dim} of a parameter of shape {tuple(old.shape)}")
     dim %= old.dim()
     parts = [_part(old, piece, dim) for piece in pieces]
-    for source in {id(source): source for source, _ in parts if source is not None}.values():
-        _place(optimizer, source)
+    for source in {id(old): old, **{id(source): source for source, _ in parts if source is not None}}.values():
+        _places(optimizer, source)
         _check_alike(source, new, dim)
     sizes = [index if source is None else index.numel() for source, index in parts]
     if sum(sizes) != new.shape[dim]:
@@ -68,31 +72,39 @@ def replace_param(optimizer: AdamW, old: Tensor, new: Tensor, pieces: Sequence[P
             f"replace_param: pieces of {sizes} make up {sum(sizes)} along dim {dim}; the new parameter has "
             f"{new.shape[dim]}"
         )
-    entries = _new_entries(optimizer, group, new, parts, dim)
+    entries = _new_entries(optimizer, places[0][0], old, new, parts, dim)
     if entries:
         optimizer.state[new] = entries
     optimizer.state.pop(old, None)
-    optimizer.param_groups[group]["params"][place] = new
+    for group, place in places:
+        optimizer.param_groups[group]["params"][place] = new
 
 
-def _place(optimizer: AdamW, param: Tensor) -> tuple[int, int]:
-    """Return the indices of a parameter's group, and of the parameter in it."""
-    for i, group in enumerate(optimizer.param_groups):
-        for j, listed in enumerate(group["params"]):
-            if listed is param:
-                return i, j
-    raise ValueError(f"replace_param: the optimizer has no such parameter (of shape {tuple(param.shape)})")
+def _places(optimizer: AdamW, param: Tensor) -> list[tuple[int, int]]:
+    """Return the indices of a parameter's groups, and of the parameter in them."""
+    found = [
+        (i, j)
+        for i, group in enumerate(optimizer.param_groups)
+        for j, listed in enumerate(group["params"])
+        if listed is param
+    ]
+    if not found:
+        raise ValueError(f"replace_param: the optimizer has no such parameter (of shape {tuple(param.shape)})")
+    return found
 
 
 def _part(old: Tensor, piece: Piece, dim: int) -> tuple[Tensor | None, Any]:
     """Return a piece as a parameter and indices of it, or as None and a number."""
-    if isinstance(piece, int) and not isinstance(piece, bool) and piece >= 0:
-        return None, piece
+    if isinstance(piece, Integral) and not isinstance(piece, bool) and piece >= 0:
+        return None, int(piece)
     source, index = piece if isinstance(piece, tuple) else (old, piece)
-    if source.dim() > dim and isinstance(index, slice | Tensor):
+    if isinstance(index, slice | Tensor) and source.dim() > dim and (isinstance(index, slice) or index.dim() == 1):
         indices = torch.arange(source.shape[dim], dtype=torch.int64, device="cpu")
-        if isinstance(index, slice) or index.dim() == 1:
-            return source, indices[index if isinstance(index, slice) else index.cpu()]
+        try:
+            chosen = indices[index if isinstance(index, slice) else index.cpu()]
+        except (IndexError, ValueError) as error:
+            raise ValueError(f"replace_param: {error}, of a parameter of shape {tuple(source.shape)}") from None
+        return (source, chosen) if chosen.numel() else (None, 0)
     raise ValueError(
         f"replace_param: a piece must be a slice, 1-D indices, a 1-D mask, a pair of a parameter and one of these, or "
         f"a number of fresh ones; got {piece!r}"
@@ -111,42 +123,45 @@ def _check_alike(source: Tensor, new: Tensor, dim: int) -> None:
 
 
 def _new_entries(
-    optimizer: AdamW, group_index: int, new: Tensor, parts: Sequence[tuple[Tensor | None, Any]], dim: int
+    optimizer: AdamW, group_index: int, old: Tensor, new: Tensor, parts: Sequence[tuple[Tensor | None, Any]], dim: int
 ) -> dict[str, Any]:
     group = optimizer._groups[group_index]
     storage = StorageOptions.from_group(group)
     states: dict[int, dict[str, Any]] = {}
-    for source, _ in parts:
-        if source is not None and optimizer.state.get(source):
-            state = dict(optimizer.state[source])
-            check_entries(source, state)
-            storage.complete(source, state, amsgrad=group["amsgrad"])  # of another group, perhaps
-            states[id(source)] = state
+    sources = {id(source): source for source in (old, *(source for source, _ in parts)) if source is not None}
+    for key, source in sources.items():
+        if optimizer.state.get(source):
+            states[key] = dict(optimizer.state[source])
+            check_entries(source, states[key])
+            storage.complete(source, states[key], amsgrad=group["amsgrad"])  # of another group, perhaps
     if not states:
         return {}
-    counts = {float(state["step"]) for state in states.values()}
-    if len(counts) > 1 or any(source is not None and id(source) not in states for source, _ in parts):
+    if len(states) < len(sources) or len({float(state["step"]) for state in states.values()}) > 1:
         raise ValueError(
             "replace_param: the parameters that the new one is made of have counted different numbers of steps; their "
             "moments are scaled differently"
         )
-    first = next(iter(states.values()))
-    entries: dict[str, Any] = {"step": first["step"].clone() if isinstance(first["step"], Tensor) else first["step"]}
+    step = states[id(old)]["step"]
+    entries: dict[str, Any] = {"step": step.clone() if isinstance(step, Tensor) else step}
+    used = [state for key, state in states.items() if any(key == id(source) for source, _ in parts)]
+
+    def put_together(name: str) -> None:
+        of_parts = [None if source is None else states[id(source)][name] for source, _ in parts]
+        entries[name] = _assemble(of_parts, parts, new, dim)
+
     for name, coded in CODED.items():
-        if coded.codes in first:
-            entries[coded.codes] = _assemble([_of(states, s, coded.codes) for s, _ in parts], parts, new, dim)
+        if used and all(coded.codes in state for state in used):
+            put_together(coded.codes)
             entries[coded.scale] = _scales(states, name, parts, new, dim)
-        else:
-            entries[name] = _assemble([_of(states, s, name) for s, _ in parts], parts, new, dim)
+        elif used:
+            for state in used:
+                state[name] = moment(name, state)
+            put_together(name)
     for name in ("max_exp_avg_sq", *MASTER_ENTRIES):
-        if name in first:
-            entries[name] = _assemble([_of(states, s, name) for s, _ in parts], parts, new, dim)
+        if used and all(name in state for state in used):
+            put_together(name)
     storage.complete(new, entries, amsgrad=group["amsgrad"])
     return entries
-
-
-def _of(states: Mapping[int, Mapping[str, Any]], source: Tensor | None, name: str) -> Tensor | None:
-    return None if source is None else states[id(source)][name]
 
 
 def _assemble(

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..strides import flat
+from ..strides import dense, flat
 
 GROUP_SIZE = 128  # elements that share a scale
 
@@ -57,9 +57,10 @@ def decode(name: str, codes: Tensor, scale: Tensor) -> Tensor:
 
     Args:
         name: "exp_avg" or "exp_avg_sq".
-        codes: int8 or uint8, dense.
+        codes: int8 or uint8; gaps between them do not count.
         scale: float32 of n_groups elements, contiguous.
     """
+    codes = dense(codes)
     value = torch.empty_like(codes, dtype=torch.float32)
     largest = 127 if name == "exp_avg" else 255
     units = _per_element(scale.reshape(-1) * (1.0 / largest**2), codes.numel())

@@ -17,9 +17,16 @@ ENTRIES = ("param_remainder", "master_param")
 def remainder_entry(remainder: Tensor) -> Tensor:
     """Return a remainder as it is kept in the state: of 16 bits two bytes, uint8 with a last dimension of 2.
 
-    Neither NCCL nor gloo can send int16. The memory is that of the remainder.
+    Neither NCCL nor gloo can send int16. The memory is that of the remainder, unless that is of bytes that no int16 can
+    be made of.
     """
-    return remainder.unsqueeze(-1).view(torch.uint8) if remainder.dtype == torch.int16 else remainder
+    if remainder.dtype == torch.int16:
+        return remainder.unsqueeze(-1).view(torch.uint8)
+    try:
+        remainder_of(remainder)
+    except RuntimeError:
+        return remainder.clone(memory_format=torch.contiguous_format)
+    return remainder
 
 
 def remainder_of(entry: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..strides import same_strides
+from ..strides import dense, same_strides
 from .eight_bit import CODED, decode, encode, scale_shape
+from .formats import ROUNDED_PARAMS
 from .master_weights import ENTRIES as MASTER_ENTRIES
 from .master_weights import REMAINDERS, master_weight, nearest_remainder, remainder_entry, remainder_of, split
 
@@ -66,17 +67,17 @@ class StorageOptions(NamedTuple):
     def _moment_dtype(self, name: str, param: Tensor, like: Tensor, entries: Mapping[str, Any]) -> torch.dtype:
         """Return the dtype a moment is to have; without a wish, a floating-point one that is there keeps its own."""
         wish = self.exp_avg_dtype if name == "exp_avg" else self.exp_avg_sq_dtype
-        if wish is not None:
+        if wish is not None and param.dtype in ROUNDED_PARAMS:
             # bf16 would do for biases and norms, but decays below half a bit stand still in it.
             return torch.float32 if name in CODED and wish == CODED[name].dtype and not scale_shape(like) else wish
         present = entries.get(name)
         if present is not None:
             return present.dtype
-        return param.dtype if self.master_weight_bits is None else torch.float32
+        return param.dtype if self._master_entry(param) is None else torch.float32
 
     def _master_entry(self, param: Tensor) -> str | None:
         """Return the name of the state entry that completes a parameter to its master weight."""
-        if self.master_weight_bits is None:
+        if self.master_weight_bits is None or param.dtype not in (torch.bfloat16, torch.float16):
             return None
         return "param_remainder" if param.dtype == torch.bfloat16 else "master_param"
 
@@ -137,9 +138,11 @@ def _set_moment(name: str, param: Tensor, entries: MutableMapping[str, Any], dty
     """Bring a moment into this dtype and layout; zeros where there is none."""
     coded, shape = CODED.get(name), scale_shape(like)
     is_coded = coded is not None and dtype == coded.dtype
-    if coded is not None and is_coded and coded.codes in entries and _fits(entries[coded.codes], dtype, like):
-        entries[coded.scale] = entries[coded.scale].reshape(shape).contiguous()
-        return
+    if coded is not None and shape is not None and is_coded and coded.codes in entries:
+        codes = dense(entries[coded.codes])
+        if _fits(codes, dtype, like):
+            entries[coded.codes], entries[coded.scale] = codes, entries[coded.scale].reshape(shape).contiguous()
+            return
     present = moment(name, entries)
     for entry in (name, *(() if coded is None else (coded.codes, coded.scale))):
         entries.pop(entry, None)

@@ -64,7 +64,7 @@ def test_options_are_told_by_name():
     assert optimizer.group_options[0]["seed"] == 7
 
 
-@pytest.mark.parametrize("name", ["int9", "torch.int8", "", "double", "int16"])
+@pytest.mark.parametrize("name", ["int9", "torch.int7", "", "double", "int16"])
 def test_names_that_are_no_storage_are_refused(name):
     for options in ({"exp_avg_dtype": name}, {"exp_avg_sq_dtype": name}):
         with pytest.raises(ValueError, match="must be None or one of"):
@@ -128,9 +128,80 @@ def test_options_follow_their_groups(path):
     assert seeds() == [2, 0]
     optimizer.param_groups[:] = [dict(group) for group in optimizer.param_groups]
     assert seeds() == [2, 0]
+    optimizer.param_groups[:] = [dict(group) for group in reversed(optimizer.param_groups)]
+    assert seeds() == [0, 2]
+    optimizer.param_groups[:] = [dict(group) for group in reversed(optimizer.param_groups) if group["params"]]
+    assert seeds() == [2, 0]
     optimizer.add_param_group({"params": [params[1]], "seed": 9, "stochastic_rounding": True})
     assert seeds() == [2, 0, 9]
     step(optimizer)
+
+
+@pytest.mark.parametrize("with_step", [False, True])
+@pytest.mark.parametrize("back", ["append", "add_param_group", "all at once"])
+def test_groups_that_leave_for_a_while_keep_their_options(back, with_step, path):
+    params = bf16_params(2)
+    optimizer = AdamW([{"params": [params[0]], "exp_avg_dtype": "int8"}, {"params": [params[1]], "cautious": True}])
+    before = optimizer.group_options
+    everything = list(optimizer.param_groups)
+    away = [optimizer.param_groups.pop(1)] if back != "all at once" else [optimizer.param_groups.pop(0)]
+    if with_step:
+        step(optimizer)
+    if back == "append":
+        optimizer.param_groups.append(*away)
+    elif back == "add_param_group":
+        optimizer.add_param_group(*away)
+    else:
+        optimizer.param_groups = everything
+    assert optimizer.group_options == before
+    step(optimizer)
+    assert "exp_avg_codes" in optimizer.state[params[0]]
+
+
+def test_a_new_group_does_not_inherit_from_one_that_is_gone(path):
+    """Not by its place, nor by the address of a dict that was freed."""
+    for _ in range(20):
+        optimizer = AdamW([{"params": [p], "cautious": i == 0} for i, p in enumerate(bf16_params(2))])
+        optimizer.group_options  # noqa: B018
+        like = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+        del optimizer.param_groups[0]
+        optimizer.param_groups.append({"params": bf16_params(1), **like})
+        assert [options["cautious"] for options in optimizer.group_options] == [False, False]
+
+
+def test_a_group_that_is_put_in_by_hand_has_the_defaults(path):
+    """`decouple_lr` too, with the learning rate of the group."""
+    optimizer = AdamW(bf16_params(1), lr=0.1, decouple_lr=True)
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": bf16_params(1), "lr": 0.3})
+    step(optimizer)
+    assert [options["decay_lr"] for options in optimizer.group_options] == [0.1, 0.3]
+
+
+def test_a_refused_option_leaves_the_old_one(path):
+    optimizer = AdamW(bf16_params(), master_weight_bits=32)
+    step(optimizer)
+    for name, wrong in (("master_weight_bits", 16), ("cautious", "no"), ("exp_avg_dtype", "int9"), ("seed", -1)):
+        optimizer.param_groups[0][name] = wrong
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            optimizer.step()
+        del optimizer.param_groups[0][name]
+        assert optimizer.group_options == [{**DEFAULTS, "master_weight_bits": 32}]
+    step(optimizer)
+
+
+def test_what_is_not_adamw_is_refused():
+    with pytest.raises(ValueError, match="decoupled_weight_decay=False"):
+        AdamW([{"params": bf16_params(1), "decoupled_weight_decay": False}])
+
+
+@pytest.mark.parametrize("saved", ["[1]", "null", '"x"', '{"foo": 1}', "cautious", '{"decay_lr": 0}'])
+def test_a_saved_decay_that_is_none_is_refused(saved):
+    optimizer = AdamW(bf16_params(), lr=0.5)
+    state_dict = optimizer.state_dict()
+    state_dict["param_groups"][0].update(decoupled_weight_decay=saved, lr=0.25)
+    with pytest.raises(ValueError, match=r"decoupled_weight_decay|decouple_lr=True"):
+        optimizer.load_state_dict(state_dict)
+    assert optimizer.param_groups[0]["lr"] == 0.5 and optimizer.group_options == [DEFAULTS]
 
 
 def copies(optimizer):
@@ -138,6 +209,7 @@ def copies(optimizer):
     torch.save(optimizer, buffer)
     buffer.seek(0)
     return {
+        "copy": copy.copy(optimizer),
         "deepcopy": copy.deepcopy(optimizer),
         "pickle": pickle.loads(pickle.dumps(optimizer)),
         "torch.save": torch.load(buffer, weights_only=False),
@@ -149,7 +221,8 @@ def test_copies_have_the_options(path):
     step(optimizer)
     for name, twin in copies(optimizer).items():
         assert twin.group_options == optimizer.group_options, name
-        assert twin.param_groups[0] is not optimizer.param_groups[0]
+        if name == "copy":  # which shares its groups
+            twin.param_groups = [dict(group) for group in twin.param_groups]
         twin.param_groups[0]["seed"] = 5
         assert twin.group_options[0]["seed"] == 5 and optimizer.group_options[0]["seed"] == 7
         step(twin)

@@ -178,6 +178,56 @@ def test_a_filter_in_another_memory_order(device, path):
     assert optimizer.param_groups[0]["params"] == [param]
 
 
+MIXED = {
+    "codes and floats": ((64, 128), (64, 100), (64, 256), [slice(None), "b", 28], 1),
+    "floats and codes": ((64, 100), (64, 128), (64, 228), [slice(None), "b"], 1),
+    "codes and another order of memory": ((64, 128), "transposed", (96, 128), [slice(None), "b"], 0),
+}
+
+
+@pytest.mark.parametrize("name", EIGHT)
+@pytest.mark.parametrize("mix", MIXED)
+def test_sources_of_different_forms(mix, name, device, path):
+    """The values of each; those that get codes are rounded once."""
+    first, second, shape, pieces, dim = MIXED[mix]
+    (a, b), optimizer = stepped([first, (32, 128) if second == "transposed" else second], name, device, steps=0)
+    if second == "transposed":
+        b.data = b.detach().t().contiguous().t()
+    for p in (a, b):
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+    before = [moments(optimizer, p) for p in (a, b)]
+    new = nn.Parameter(torch.zeros(shape, device=device, dtype=a.dtype))
+    replace_param(optimizer, a, new, [(b, slice(None)) if piece == "b" else piece for piece in pieces], dim=dim)
+    for key, value in moments(optimizer, new).items():
+        expected = torch.cat([before[0][key], before[1][key]], dim).float()
+        got = value.float().narrow(dim, 0, expected.shape[dim])
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=2e-3 * expected.abs().max().item())
+
+
+def test_a_parameter_that_is_listed_twice(device, path):
+    param = nn.Parameter(torch.randn(4, 128, device=device))
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer = AdamW([param, param])
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    new = nn.Parameter(param.detach()[:2].clone())
+    replace_param(optimizer, param, new, [slice(0, 2)])
+    assert all(p is new for p in optimizer.param_groups[0]["params"])
+    new.grad = torch.randn_like(new)
+    optimizer.step()
+    assert list(optimizer.state) == [new] and optimizer.state[new]["step"] == 2
+
+
+def test_nothing_of_the_old_but_its_count(device, path):
+    (param, other), optimizer = stepped([(4, 128), (4, 128)], "smallest", device)
+    del optimizer.state[other]
+    new = nn.Parameter(torch.zeros(3, 128, device=device, dtype=param.dtype))
+    replace_param(optimizer, param, new, [3, slice(0, 0), (param, slice(4, 4))])
+    assert optimizer.state[new]["step"] == 2
+    assert not any(value.any() for value in moments(optimizer, new).values())
+
+
 def test_what_has_no_state_is_just_replaced(device):
     (param,), optimizer = stepped([(4, 128)], "8 bits", device, steps=0)
     new = nn.Parameter(torch.zeros(5, 128, device=device))
@@ -200,6 +250,11 @@ def test_what_is_refused(device):
         (param, good, ["all"], {}, "a piece must be"),
         (param, good, [True], {}, "a piece must be"),
         (param, good, [-4], {}, "a piece must be"),
+        (param, good, [torch.tensor([0, 1, 2, 9])], {}, "replace_param: index"),
+        (param, good, [torch.ones(3, dtype=torch.bool)], {}, "replace_param: "),
+        (param, torch.cat([good, good])[:4], [slice(None)], {}, "no leaf"),
+        (param, nn.Parameter(good.detach().double()), [4], {}, "along dim 0 only"),
+        (param, nn.Parameter(torch.zeros(4, device=device)), [4], {"dim": 1}, "along dim 1 only"),
         (param, nn.Parameter(torch.zeros(4, 64, device=device)), [slice(None)], {}, "along dim 0 only"),
         (param, nn.Parameter(good.detach().double()), [slice(None)], {}, "along dim 0 only"),
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from adamw_triton import AdamW, adamw_
+from adamw_triton import AdamW, adamw_, storage
 
 OPTIONS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -89,6 +89,70 @@ def test_strided_scales(device, path):
         p.grad = grad
         optimizer.step()
     assert torch.equal(*params)
+
+
+@pytest.mark.parametrize("where", ["loaded", "live"])
+def test_codes_with_gaps(where, device, path):
+    """Columns cut by hand out of a wider state: the values of the codes, each with its own scale."""
+    wide = nn.Parameter(torch.randn(4, 256, device=device))
+    source = AdamW([wide], exp_avg_dtype="int8", exp_avg_sq_dtype="uint8", stochastic_rounding=False)
+    wide.grad = torch.randn_like(wide) * torch.logspace(-2, 0, 256, device=device)
+    source.step()
+    expected = {name: storage.moment(name, source.state[wide])[:, :128] for name in ("exp_avg", "exp_avg_sq")}
+    state_dict = copy.deepcopy(source.state_dict())
+    for name, entry in state_dict["state"][0].items():
+        if name != "step":
+            state_dict["state"][0][name] = entry[:, :128] if "codes" in name else entry[:, :1].contiguous()
+    narrow = nn.Parameter(wide.detach()[:, :128].clone())
+    optimizer = AdamW([narrow], lr=0.0, exp_avg_dtype="int8", exp_avg_sq_dtype="uint8", betas=(0.0, 0.0))
+    if where == "loaded":
+        optimizer.load_state_dict(state_dict)
+    else:
+        optimizer.state[narrow] = dict(state_dict["state"][0])
+    for name, value in expected.items():
+        assert torch.equal(storage.moment(name, optimizer.state[narrow]), value)
+    floats = optimizer.torch_state_dict()["state"][0]
+    assert torch.equal(floats["exp_avg"], expected["exp_avg"])
+
+
+@pytest.mark.parametrize("form", ["odd address", "bytes apart", "gaps"])
+def test_remainders_in_any_memory_are_loaded(form, device, path):
+    params = [nn.Parameter(torch.randn(3, 5, device=device).bfloat16()) for _ in range(2)]
+    optimizers = [AdamW([p], master_weight_bits=32) for p in params]
+    params[0].grad = torch.randn_like(params[0])
+    optimizers[0].step()
+    params[1].data.copy_(params[0])
+    state_dict = copy.deepcopy(optimizers[0].state_dict())
+    bytes_ = state_dict["state"][0]["param_remainder"]
+    if form == "odd address":
+        buffer = torch.zeros(1 + bytes_.numel(), dtype=torch.uint8, device=device)
+        given = buffer[1:].view(bytes_.shape)
+    elif form == "bytes apart":
+        given = torch.zeros(2, 3, 5, dtype=torch.uint8, device=device).permute(1, 2, 0)
+    else:
+        given = torch.zeros(3, 5, 2, 2, dtype=torch.uint8, device=device)[..., 0]
+    state_dict["state"][0]["param_remainder"] = given.copy_(bytes_)
+    optimizers[1].load_state_dict(state_dict)
+    assert torch.equal(optimizers[0].master_params()[0], optimizers[1].master_params()[0])
+    for p, optimizer in zip(params, optimizers, strict=True):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert torch.equal(*params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
+def test_frozen_parameters_that_cannot_have_the_storage_keep_their_state(dtype, device, path):
+    param = nn.Parameter(torch.randn(4, 128, dtype=dtype, device=device))
+    param.grad = torch.randn_like(param)
+    theirs = torch.optim.AdamW([param])
+    theirs.step()
+    param.requires_grad_(False)
+    options = {"exp_avg_dtype": "int8", "exp_avg_sq_dtype": "uint8", "master_weight_bits": 32}
+    optimizer = AdamW([param], **options)
+    optimizer.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for name, value in theirs.state[param].items():
+        assert torch.equal(optimizer.state[param][name], value) and len(optimizer.state[param]) == 3
+    AdamW([param], **options).load_state_dict(optimizer.state_dict())
 
 
 def test_scale_on_another_device_is_refused(device, path):
