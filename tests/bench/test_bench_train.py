@@ -54,8 +54,11 @@ PAIRS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("first", "second"), PAIRS, ids=lambda name: name)
-@pytest.mark.parametrize("policy", ["fp32", "bf16-master24-8bit"])
+@pytest.mark.parametrize(
+    ("first", "second", "policy"),
+    [(a, b, "fp32") for a, b in PAIRS] + [(a, a, "bf16-master24-8bit") for a in FEATURES],
+    ids=lambda name: name,
+)
 def test_features_end_where_torchs_passes_end(first, second, policy, tmp_path):
     argv = [*FEATURES[first], *(FEATURES[second] if second != first else []), "--policy", policy]
     assert train.main([*TINY, "--steps", "9", *argv, "--output", str(tmp_path)]) == 0
