@@ -95,7 +95,8 @@ class OptionsOfGroups:
             if is_written or (self._options[i].decouple_lr and self._options[i].decay_lr is None):
                 options = self._options[i].changed(group).with_decay_lr(group["lr"])
                 check_option_values(options.resolved())
-                self.set(groups, [*self._options[:i], options, *self._options[i + 1 :]])
+                self._options[i], self._resolved[i] = options, options.resolved()
+                self._note(group, options)
                 for name in OURS:
                     group.pop(name, None)
         return self._options
@@ -117,11 +118,20 @@ class OptionsOfGroups:
 
     def set(self, groups: Sequence[dict[str, Any]], options: Sequence[GroupOptions]) -> None:
         """Give these groups these options."""
-        self._ids, self._options = list(map(id, groups)), list(options)
-        self._resolved = [each.resolved() for each in options]
+        self._ids, self._options, self._resolved = [], [], []
         for group, its_options in zip(groups, options, strict=True):
-            for param in group["params"]:
-                self._of_param[param] = its_options
+            self.add(group, its_options)
+
+    def add(self, group: dict[str, Any], options: GroupOptions) -> None:
+        """Give a group these options, which comes after all others."""
+        self._ids.append(id(group))
+        self._options.append(options)
+        self._resolved.append(options.resolved())
+        self._note(group, options)
+
+    def _note(self, group: dict[str, Any], options: GroupOptions) -> None:
+        for param in group["params"]:
+            self._of_param[param] = options
 
 
 _OUR_NAMES = frozenset(OURS)

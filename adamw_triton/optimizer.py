@@ -193,7 +193,7 @@ class AdamW(NormAttributes, Optimizer):
             ours = {name: value for name, value in param_group.items() if name in OURS}
             if ours:  # which the caller's dict keeps
                 param_group = {name: value for name, value in param_group.items() if name not in OURS}
-        of_others = list(self._options.of(self.param_groups))
+        self._options.of(self.param_groups)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -202,7 +202,7 @@ class AdamW(NormAttributes, Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self._options.set(self.param_groups, [*of_others, its_options])
+        self._options.add(group, its_options)
         self._announce_amp_support()
 
     @property

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from adamw_triton import AdamW, register_gradient_release
+from adamw_triton.group_options import OptionsOfGroups
 
 ALL = {
     "exp_avg_dtype": "int8",
@@ -283,3 +284,15 @@ def test_tools_that_write_all_options_to_groups_at_every_step(path):
         step(optimizer)
         assert set(optimizer.param_groups[0]) == set(torch_keys())
     assert optimizer.group_options == [AS_JSON]
+
+
+def test_many_groups_cost_what_each_of_them_costs(monkeypatch):
+    """Building, and writing an option to all of them, handles each group once."""
+    handled = []
+    note = OptionsOfGroups._note
+    monkeypatch.setattr(OptionsOfGroups, "_note", lambda self, *args: handled.append(1) or note(self, *args))
+    optimizer = AdamW([{"params": [p]} for p in bf16_params(50)])
+    assert len(handled) == 50
+    for group in optimizer.param_groups:
+        group["cautious"] = True
+    assert all(options["cautious"] for options in optimizer.group_options) and len(handled) == 100
