@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +22,15 @@ class Members(NamedTuple):
     """What a step reads anew of the parameters of a plan, in the plan's order.
 
     Attributes:
-        grads: None where there is none.
+        listed: parameters as their groups have them.
+        params: what of them lies on this rank.
+        grads: likewise; None where there is none.
         entries: the optimizer's state of each.
         grad_addresses: int64 of each, packed; 0 where there is none.
         all_present: whether all have gradients.
     """
 
+    listed: list[Tensor]
     params: list[Tensor]
     grads: list[Tensor | None]
     entries: list[dict[str, Any]]
@@ -37,7 +41,19 @@ class Members(NamedTuple):
         if span == slice(0, len(self.params)):
             return self
         packed = self.grad_addresses[8 * span.start : 8 * span.stop]
-        return Members(self.params[span], self.grads[span], self.entries[span], packed, self.all_present)
+        parts = (of_all[span] for of_all in (self.listed, self.params, self.grads, self.entries))
+        return Members(*parts, packed, self.all_present)  # type: ignore[arg-type]
+
+    def written(self, first: int) -> list[Tensor]:
+        """Return what of the first parameters a step has written to."""
+        params = self.params[:first]
+        if self.listed is not self.params:
+            params = [*params, *(p for p, local in zip(self.listed, params, strict=False) if p is not local)]
+        if first < len(self.params) or not self.all_present:
+            with_grad = [i for i in range(first) if self.grads[i] is not None]
+            ids = {id(param) for i in with_grad for param in (self.listed[i], self.params[i])}
+            params = [param for param in params if id(param) in ids]
+        return params
 
 
 class DevicePlan:
@@ -50,6 +66,7 @@ class DevicePlan:
         groups: the optimizer's param groups.
         need_norm: whether steps need the norm of all gradients.
         statistics: whether to sum the squares of what is written, and of its change.
+        n_classes: of `RankSums`.
 
     Attributes:
         device: of all parameters.
@@ -63,6 +80,7 @@ class DevicePlan:
         *,
         need_norm: bool,
         statistics: bool,
+        n_classes: int = 1,
     ) -> None:
         self.device = device = works[0].param.device
         launches = group_works(works, groups)
@@ -80,8 +98,13 @@ class DevicePlan:
         self._hyperparams, self._grads = self._inputs.tensor[:n_hyper_words], self._inputs.tensor[n_hyper_words:]
 
         programs = [n_programs(key, members) for key, members in launches]
-        self.statistics = launch.statistics_like(sum(programs), device) if statistics else None
-        shares = [None] * len(launches) if self.statistics is None else self.statistics.split(programs)
+        totals = [sum(of_launch) for of_launch in programs]
+        self._statistics = launch.statistics_like(sum(totals), device) if statistics else None
+        shares = [None] * len(launches) if self._statistics is None else self._statistics.split(totals)
+        self._programs = [
+            slices_of([work.norm_class for work in members], of_launch, n_classes, first)
+            for (_, members), of_launch, first in zip(launches, programs, accumulate(totals, initial=0), strict=False)
+        ]
         self.groups: list[LaunchGroup] = []
         start = 0
         for (key, members), share in zip(launches, shares, strict=True):
@@ -92,7 +115,9 @@ class DevicePlan:
             self.groups.append(LaunchGroup(key, members, groups, span, scalars, self._grads, share))
             start = span.stop
         self._norms = (
-            GradNorms(in_order, [key.aligned for key, members in launches for _ in members]) if need_norm else None
+            GradNorms(in_order, [key.aligned for key, members in launches for _ in members], n_classes)
+            if need_norm
+            else None
         )
         self._streams = {self._stream()}
         self._known_hyperparams: Sequence[Hyperparams] = ()
@@ -106,7 +131,11 @@ class DevicePlan:
     @property
     def tensors(self) -> list[Tensor]:
         """All that the plan holds on the device."""
-        tensors = [self._inputs.tensor, *self._counts.tensors, *([] if self.statistics is None else [self.statistics])]
+        tensors = [
+            self._inputs.tensor,
+            *self._counts.tensors,
+            *([] if self._statistics is None else [self._statistics]),
+        ]
         tensors += [tensor for group in self.groups for tensor in group.tensors]
         return tensors + ([] if self._norms is None else self._norms.tensors)
 
@@ -130,11 +159,18 @@ class DevicePlan:
         assert self._norms is not None
         self._norms.launch(self._grads, decision, scaler.to(self.device), options)
 
-    def sum_of_squares(self) -> Tensor:
-        """Return that of the gradients on this device: 0-d float64, there."""
+    def sums_of_squares(self) -> Tensor:
+        """Return those of the gradients on this device: float64 [n_classes], there."""
         assert self._norms is not None
         self._norms.launch(self._grads, None, GradScalerInputs(), GradNormOptions())
-        return self._norms.partials[-1]
+        return self._norms.sums
+
+    def statistics(self) -> Tensor | None:
+        """Return the sums of squares of the last step's changes, and of what they made: float64 [n_classes, 2]."""
+        if self._statistics is None:
+            return None
+        table = self._statistics[..., :2]
+        return torch.stack([_sum(table, of_class) for of_class in zip(*self._programs, strict=True)])
 
     def step(self, members: Members, decision: GradDecision | None, scaler: GradScalerInputs, *, decided: bool) -> None:
         """Count, and launch everything.
@@ -143,7 +179,7 @@ class DevicePlan:
             members: of this device, whose gradients `write_inputs` has told.
             decision: what the step is subject to, on this device: `decided` already, or to be made from `scaler`.
         """
-        params, grads, all_entries, _, all_present = members
+        params, grads, all_entries = members.params, members.grads, members.entries
         self._counts.advance(self._grads, self._hyperparams, decision, scaler.to(self.device), decided=decided)
         values = None if decision is None else decision.values
         launched = 0
@@ -155,10 +191,8 @@ class DevicePlan:
         finally:
             if launched < len(params):
                 self._take_back(grads[launched:], all_entries[launched:], values)
-            if launched < len(params) or not all_present:
-                params = [p for p, g in zip(params[:launched], grads, strict=False) if g is not None]
             # Autograd does not see what a kernel writes.
-            torch.autograd.graph.increment_version(params)
+            torch.autograd.graph.increment_version(members.written(launched))
 
     @staticmethod
     def _take_back(
@@ -188,23 +222,29 @@ class GradNorms:
     Args:
         works: parameters in the order of their gradients' addresses.
         aligned: whether each gradient begins at a multiple of 16 bytes.
+        n_classes: of `RankSums`.
 
     Attributes:
         partials: float64 [n + 1], sums of squares of spans; last that of all.
     """
 
-    def __init__(self, works: Sequence[ParamWork], aligned: Sequence[bool]) -> None:
+    def __init__(self, works: Sequence[ParamWork], aligned: Sequence[bool], n_classes: int = 1) -> None:
         device = works[0].param.device
+        classes = torch.tensor([work.norm_class for work in works], dtype=torch.int64, device="cpu")
         numels = [work.param.numel() * (2 if work.param.is_complex() else 1) for work in works]
         on_device = torch.tensor(numels, dtype=torch.int64, device="cpu").to(device)
         by_format: dict[tuple[torch.dtype, bool], list[int]] = defaultdict(list)
         for i, (work, is_aligned) in enumerate(zip(works, aligned, strict=True)):
             by_format[work.grad_layout.dtype.to_real(), is_aligned].append(i)
         self._tables: list[launch.NormTable] = []
+        self._slices: list[list[slice]] = []  # of partials: for each table, of each class
         n_partials = 0
         for (dtype, is_aligned), members in by_format.items():
+            members.sort(key=lambda i: works[i].norm_class)
             table = launch.NormTable.of(on_device, members, first=n_partials, dtype=dtype, aligned=is_aligned)
             self._tables.append(table)
+            of_spans = classes[table.spans[:, 0].cpu().long()].tolist()
+            self._slices.append(slices_of(of_spans, [1] * len(of_spans), n_classes, n_partials))
             n_partials += table.spans.shape[0]
         self.partials = torch.zeros(n_partials + 1, dtype=torch.float64, device=device)
         self._finished = torch.zeros(1, dtype=torch.int32, device=device)
@@ -214,7 +254,34 @@ class GradNorms:
         tables = [tensor for table in self._tables for tensor in (table.numels, table.spans)]
         return [*tables, self.partials, self._finished]
 
+    @property
+    def sums(self) -> Tensor:
+        """Those of each class, float64 [n_classes], of what was launched without a decision."""
+        if len(self._slices[0]) == 1:
+            return self.partials[-1:]
+        return torch.stack([_sum(self.partials, of_class) for of_class in zip(*self._slices, strict=True)])
+
     def launch(
         self, grads: Tensor, decision: GradDecision | None, scaler: GradScalerInputs, options: GradNormOptions
     ) -> None:
         launch.launch_norms(self._tables, grads, self.partials, self._finished, decision, scaler, options)
+
+
+def slices_of(classes: Sequence[int], sizes: Sequence[int], n_classes: int, first: int) -> list[slice]:
+    """Return where each class is among parts that are sorted by class.
+
+    Args:
+        classes, sizes: of each part; sizes are its numbers of programs or partial sums.
+        first: where the first part begins.
+    """
+    totals = [0] * n_classes
+    for number, size in zip(classes, sizes, strict=True):
+        totals[number] += size
+    bounds = list(accumulate(totals, initial=first))
+    return [slice(*of_class) for of_class in pairwise(bounds)]
+
+
+def _sum(table: Tensor, slices: Sequence[slice]) -> Tensor:
+    """Return the float64 sums of rows of a table [rows, ..., n] or [rows]."""
+    dims = tuple(range(max(table.dim() - 1, 1)))
+    return torch.stack([table[of_class].sum(dim=dims, dtype=torch.float64) for of_class in slices]).sum(dim=0)

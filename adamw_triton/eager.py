@@ -79,5 +79,7 @@ def step(
             noise_key=work.noise_key(group["seed"], formats),
         )
         count.add_(1)
+        if work.listed is not param:
+            torch.autograd.graph.increment_version([work.listed])
         sums += [] if of_param is None else [of_param]
     return sums

@@ -50,6 +50,7 @@ class Table(NamedTuple):
     formats: Formats
     amsgrad: bool
     aligned: bool
+    rounding: str
     seed: int
     configuration: Configuration
 
@@ -71,7 +72,7 @@ class Table(NamedTuple):
             grad_dtype: of their gradients, which have the parameters' strides.
             states: of each, with its strides.
             aligned: whether all but scales begin at multiples of 16 bytes.
-            noise_keys: of each, with one seed and no offset, for stochastic rounding.
+            noise_keys: of each, with one seed, for stochastic rounding.
             configuration: another one than that of these formats.
         """
         device = params[0].device
@@ -81,8 +82,10 @@ class Table(NamedTuple):
             [param.numel(), param.data_ptr(), *(tensor.data_ptr() for tensor in state.present)]
             for param, state in zip(params, states, strict=True)
         ]
+        rounding = rounding_of(noise_keys)
         if noise_keys is not None:
-            lines = [[*line, key.param_index] for line, key in zip(lines, noise_keys, strict=True)]
+            numbers = [key[1:] if rounding == "stochastic part" else key[1:2] for key in noise_keys]
+            lines = [[*line, *of_key] for line, of_key in zip(lines, numbers, strict=True)]
         tensors = torch.tensor(lines, dtype=torch.int64, device="cpu")
         return cls(
             tensors=tensors.to(device),
@@ -90,6 +93,7 @@ class Table(NamedTuple):
             formats=formats,
             amsgrad=states[0].max_exp_avg_sq is not None,
             aligned=aligned,
+            rounding=rounding,
             seed=noise_keys[0].seed if noise_keys else 0,
             configuration=used,
         )
@@ -198,9 +202,6 @@ def launch_tensor(
     if n_elements == 0:
         return
     used = configuration or configuration_of(*Formats.of(param, grad.dtype, state).dtypes)
-    rounding = "nearest"
-    if noise_key is not None:
-        rounding = "stochastic" if noise_key.element_offset % 8 == 0 else "stochastic shifted"
     with _on(param.device):
         adamw_kernel[(n_programs(n_elements, used),)](
             param,
@@ -213,7 +214,7 @@ def launch_tensor(
             scalars,
             maximize,
             cautious,
-            rounding,
+            rounding_of(None if noise_key is None else [noise_key]),
             used.block_size,
             used.eviction,
             num_warps=used.num_warps,
@@ -254,11 +255,18 @@ def launch_table(
             table.aligned,
             maximize,
             cautious,
-            "stochastic" if formats.stochastic else "nearest",
+            table.rounding,
             table.configuration.block_size,
             table.configuration.eviction,
             num_warps=table.configuration.num_warps,
         )
+
+
+def rounding_of(noise_keys: Sequence[NoiseKey] | None) -> str:
+    """Return how a kernel is to round, in its own words."""
+    if noise_keys is None:
+        return "nearest"
+    return "stochastic part" if any(key.is_of_part for key in noise_keys) else "stochastic"
 
 
 def statistics_like(n_programs: int, device: torch.device) -> Tensor:

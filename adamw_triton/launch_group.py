@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from . import launch
 from .functional import step_tensor
+from .sharding import LocalEntries, Sharding
 from .storage import Formats, NoiseKey, StateTensors, entry_names
 from .strides import is_dense, strides_agree
 from .validation import check_entries, check_grad, check_param
@@ -39,21 +41,39 @@ class ParamWork:
     """One parameter that is to be stepped.
 
     Attributes:
+        listed: the parameter as its group has it.
+        param: what of it lies on this rank: the parameter itself, or a DTensor's local tensor; so of `grad`, `entries`.
         grad: None where it has none now, and had one before.
         group: index of its param group.
         index: in the list of all parameters, which tells its random bits apart.
+        sharding: of a DTensor.
+        norm_class: number of its class in `RankSums`.
         turn: 0, or a number that says when it is stepped: parameters that share memory cannot share a launch.
     """
 
+    listed: Tensor
     param: Tensor
     grad: Tensor | None
     entries: MutableMapping[str, Any]
     group: int
     index: int
+    sharding: Sharding | None = None
+    norm_class: int = 0
     turn: int = 0
+
+    @property
+    def stored_entries(self) -> MutableMapping[str, Any]:
+        """The entries as the optimizer's state has them."""
+        return self.entries.entries if isinstance(self.entries, LocalEntries) else self.entries
+
+    @property
+    def allows_codes(self) -> bool:
+        return self.sharding is None or self.sharding.allows_codes
 
     def check(self) -> None:
         """Refuse what cannot be stepped; see `validation` for what is raised."""
+        if self.sharding is not None:
+            self.sharding.check(self.stored_entries)
         check_param(self.param)
         if self.grad is not None:
             check_grad(self.param, self.grad)
@@ -67,7 +87,7 @@ class ParamWork:
                 between aligned and unaligned addresses.
         """
         param = self.param
-        layout, self.is_aligned = known.get(id(param), (None, True))
+        layout, self.is_aligned = known.get(id(self.listed), (None, True))
         if self.grad is not None:
             layout = GradLayout.of(self.grad)
             self.is_aligned = self.is_aligned and self.grad.data_ptr() % ALIGNMENT == 0
@@ -76,7 +96,11 @@ class ParamWork:
         self.grad_layout = layout
 
     def noise_key(self, seed: int, formats: Formats) -> NoiseKey | None:
-        return NoiseKey(seed, self.index) if formats.stochastic else None
+        if not formats.stochastic:
+            return None
+        return (
+            NoiseKey(seed, self.index) if self.sharding is None else NoiseKey(seed, self.index, *self.sharding.position)
+        )
 
 
 class LaunchKey(NamedTuple):
@@ -120,12 +144,13 @@ class LaunchKey(NamedTuple):
 def group_works(
     works: Sequence[ParamWork], groups: Sequence[Mapping[str, Any]]
 ) -> list[tuple[LaunchKey, list[ParamWork]]]:
-    """Return the parameters of each launch, in the order in which they are launched."""
+    """Return the parameters of each launch, by class of `RankSums`, in the order in which they are launched."""
     by_key: dict[LaunchKey, list[ParamWork]] = defaultdict(list)
     for work in works:
         by_key[LaunchKey.of(work, groups[work.group])].append(work)
     launches: list[tuple[LaunchKey, list[ParamWork]]] = []
     for key, members in by_key.items():
+        members.sort(key=attrgetter("norm_class"))
         # A table is for several tensors, unless it was asked for.
         if key.as_table and (len(members) > 1 or groups[members[0].group]["foreach"]):
             launches.append((key, members))
@@ -214,8 +239,8 @@ class LaunchGroup:
                 self._statistics.masked_fill_(decision[1] == 0, 0.0)
 
 
-def n_programs(key: LaunchKey, works: Sequence[ParamWork]) -> int:
-    """Return the number of programs of a launch."""
+def n_programs(key: LaunchKey, works: Sequence[ParamWork]) -> list[int]:
+    """Return the number of programs of each parameter of a launch."""
     configuration = launch.configuration_of(*(dtype.to_real() for dtype in key.formats.dtypes))
     numels = [work.param.numel() * (2 if work.param.is_complex() else 1) for work in works]
-    return sum(launch.n_programs(numel, configuration) for numel in numels)
+    return [launch.n_programs(numel, configuration) for numel in numels]

@@ -14,9 +14,18 @@ from .grad_control import GradDecision, GradNormOptions, GradScalerInputs
 from .group_options import OURS, GroupOptions, OptionsOfGroups
 from .norm_attributes import NormAttributes
 from .plan import Plan, StepInputs
+from .sharding import local_entries
 from .step_hooks import exclude_from_compilation, with_hooks
-from .storage import StateBytes, StorageOptions, master_weight
-from .validation import check_group, check_hyperparams, check_implementation, refuse_seed
+from .storage import StateBytes, StorageOptions
+from .validation import (
+    check_group,
+    check_hyperparams,
+    check_implementation,
+    check_no_fsdp1,
+    check_norm_group,
+    refuse_seed,
+    warn_if_replaced,
+)
 
 _DEFAULTS: dict[str, Any] = {
     "amsgrad": False,
@@ -78,10 +87,12 @@ class AdamW(NormAttributes, Optimizer):
         skip_nonfinite: skip a step whose global gradient norm is not finite: nothing is written, no step counted.
         skip_grad_norm_above: skip also a step with a larger global norm.
         statistics: make `update_norm` and `param_norm`.
+        norm_group: a process group whose ranks have other parameters of the model, like stages of a pipeline: norms are
+            over theirs too. What meshes of DTensors show needs none.
 
-    `max_grad_norm`, `skip_nonfinite`, `skip_grad_norm_above` and `statistics` are of the whole optimizer, attributes
-    that may be changed between steps; all others are of a param group, those that torch does not have in
-    `group_options`.
+    `max_grad_norm`, `skip_nonfinite`, `skip_grad_norm_above`, `statistics` and `norm_group` (which no copy has) are of
+    the whole optimizer, attributes that may be changed between steps; all others are of a param group, those that torch
+    does not have in `group_options`.
 
     Attributes:
         grad_norm: 0-d float64 tensor on the device of the first parameter: norm of all gradients (unscaled, before
@@ -130,6 +141,7 @@ class AdamW(NormAttributes, Optimizer):
         skip_nonfinite: bool = False,
         skip_grad_norm_above: float | None = None,
         statistics: bool = False,
+        norm_group: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -159,7 +171,8 @@ class AdamW(NormAttributes, Optimizer):
         self._norm_options.check()
         if not isinstance(statistics, bool):
             raise ValueError(f"statistics must be True or False; got {statistics!r}")
-        self.statistics = statistics
+        check_norm_group(norm_group)
+        self.statistics, self.norm_group = statistics, norm_group
         self._options = OptionsOfGroups(GroupOptions().changed(options))
         self._reset()
         super().__init__(params, defaults)
@@ -170,6 +183,7 @@ class AdamW(NormAttributes, Optimizer):
         """Begin without plans, decisions and counters."""
         exclude_from_compilation(AdamW, "_update")
         self._plans = [Plan()]
+        self._looked_for_params = False
         self._decisions: dict[torch.device, GradDecision] = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -180,11 +194,12 @@ class AdamW(NormAttributes, Optimizer):
             options = {**self.defaults, **param_group}
             check_hyperparams(options)
             check_implementation(options)
-            for name in (*GradNormOptions._fields, "statistics"):
+            for name in (*GradNormOptions._fields, "statistics", "norm_group"):
                 if name in param_group:
                     raise ValueError(
                         f"{name}={param_group[name]!r} of a param group: it is of the whole optimizer; "
-                        f"give it to AdamW(...) itself"
+                        f"give it to AdamW(...) itself. ZeroRedundancyOptimizer, which gives each rank an AdamW for "
+                        f"some of the parameters, cannot: call torch.nn.utils.clip_grad_norm_ before its step"
                     )
             if not options["decoupled_weight_decay"]:
                 raise ValueError("decoupled_weight_decay=False is torch.optim.Adam; AdamW's weight decay is decoupled")
@@ -199,6 +214,7 @@ class AdamW(NormAttributes, Optimizer):
         try:
             its_options = known.changed(ours).with_decay_lr(group["lr"])
             check_group({**group, **its_options.resolved()}, seed_given="seed" in ours)
+            check_no_fsdp1(group["params"], self._norm_options, statistics=self.statistics)
         except Exception:
             self.param_groups.pop()
             raise
@@ -251,12 +267,16 @@ class AdamW(NormAttributes, Optimizer):
                 return self._update(plan, group, param)
         groups = self._groups if group is None else [self._options.merged_with(self.param_groups, group, [param])]
         with torch.no_grad():
-            plan.step(groups, self.state, self._step_inputs())
+            had_grads = plan.step(groups, self.state, self._step_inputs())
+        if not (had_grads or self.state or self._looked_for_params):
+            self._looked_for_params = True
+            warn_if_replaced([param for group in groups for param in group["params"]])
 
     def _step_inputs(self) -> StepInputs:
         # The scaler's are set by torch.amp.GradScaler for the duration of a step.
         scaler = GradScalerInputs(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        return StepInputs(self._norm_options, scaler, self.statistics, self._home, self._decision_on)
+        norms = self._norm_options, scaler, self.statistics, self.norm_group
+        return StepInputs(*norms, self._home, self._decision_on)
 
     def forget_graphs(self) -> None:
         """Free what is kept for CUDA graphs that hold steps; they must not be replayed any more."""
@@ -274,10 +294,10 @@ class AdamW(NormAttributes, Optimizer):
     def master_params(self) -> list[Tensor]:
         """Copies of all parameters in the order of the param groups, in float32, exact where there are masters.
 
-        Those of float64 and complex parameters have their dtype.
+        Those of float64 and complex parameters have their dtype; those of DTensors are DTensors.
         """
         return [
-            master_weight(param, self.state.get(param, {})).clone(memory_format=torch.contiguous_format)
+            state_dicts.master_param(param, self.state.get(param, {}))
             for group in self.param_groups
             for param in group["params"]
         ]
@@ -286,17 +306,22 @@ class AdamW(NormAttributes, Optimizer):
     def load_master_params(self, values: Iterable[Tensor]) -> None:
         """Set all parameters, and the masters of those that have one, from tensors like those of `master_params`.
 
+        Args:
+            values: one for each parameter; of a DTensor one like it, or the whole of it on every rank.
+
         Raises:
-            ValueError: another number of tensors, or other shapes. Nothing has been changed then.
+            ValueError: another number of tensors, other shapes, or DTensors that lie otherwise than their parameters.
+                Nothing has been changed then.
         """
         owners = [(param, group) for group in self._groups for param in group["params"]]
         values = list(values)
         given, expected = [tuple(v.shape) for v in values], [tuple(param.shape) for param, _ in owners]
         if given != expected:
             raise ValueError(f"got tensors of shapes {given}; the parameters have {expected}")
+        values = [state_dicts.part_for(param, value) for (param, _), value in zip(owners, values, strict=True)]
         for (param, group), value in zip(owners, values, strict=True):
             entries = self.state.get(param, {})
-            StorageOptions.from_group(group).set_master(param, entries, value)
+            StorageOptions.from_group(group).set_master(*local_entries(param, entries), value)
             if entries:
                 self.state[param] = entries
 
@@ -353,6 +378,7 @@ class AdamW(NormAttributes, Optimizer):
         if "_plans" not in self.__dict__:  # unpickled or copied
             self.__dict__.setdefault("_norm_options", GradNormOptions())
             self.__dict__.setdefault("statistics", False)
+            self.norm_group = None
             self._reset()
         self._options = OptionsOfGroups(defaults)
         self._options.set(self.param_groups, known or [defaults] * len(self.param_groups))

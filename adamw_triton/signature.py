@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .device_plan import Members
+from .dtensors import locals_of
 from .launch_group import ALIGNMENT, GradLayout
 from .strides import fill_memory
 
@@ -64,23 +65,34 @@ class Signature:
         self.with_gaps = [i for i, of in enumerate(grad_layouts) if not fill_memory(of.shape, of.stride)]
 
     def read(
-        self, options: Any, params: list[Tensor], grads: list[Tensor | None], state: Mapping[Any, Any]
+        self,
+        options: Any,
+        listed: list[Tensor],
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        state: Mapping[Any, Any],
     ) -> Members | None:
         """Return what a step reads anew, or None if the plan is outdated.
 
         Args:
-            params, grads: all parameters in the groups, and their gradients.
+            listed: all parameters in the groups.
+            params, grads: what of them, and of their gradients, lies on this rank.
             state: the optimizer's.
         """
         if options != self._options or len(params) != self._n_params:
             return None
         its_params = params if self._in_order else [params[i] for i in self._order]
         its_grads = grads if self._in_order else [grads[i] for i in self._order]
+        its_listed = its_params
+        if listed is not params:
+            its_listed = listed if self._in_order else [listed[i] for i in self._order]
         # A state in the plan's order is read without hashing its keys.
-        same_order = len(state) == len(its_params) and all(map(is_, state, its_params))
-        entries: list[Any] = list(state.values()) if same_order else list(map(state.get, its_params))
+        same_order = len(state) == len(its_listed) and all(map(is_, state, its_listed))
+        entries: list[Any] = list(state.values()) if same_order else list(map(state.get, its_listed))
         try:
             tensors = self._tensors(its_params, entries)
+            if listed is not params:
+                tensors = locals_of(tensors)
             unchanged = (
                 list(map(Tensor.data_ptr, tensors)) == self._addresses
                 and list(map(len, entries)) == self._n_entries
@@ -92,7 +104,9 @@ class Signature:
             return None
         all_present = self._all_grads is not None and self._all_grads.check(*its_grads)  # None is no tensor
         addresses = self._grad_addresses(its_grads, all_present)
-        return None if addresses is None else Members(its_params, its_grads, entries, addresses, all_present)
+        if addresses is None:
+            return None
+        return Members(its_listed, its_params, its_grads, entries, addresses, all_present)
 
     def _tensors(self, params: Sequence[Tensor], entries: Sequence[Any]) -> list[Tensor]:
         columns = [map(itemgetter(name), entries[span]) for span, names in self._spans for name in names]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from itertools import chain
 from numbers import Number
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtensors import is_dtensor, local
 from .group_options import OURS, GroupOptions, decay_of_saved, decay_to_save
-from .storage import CODED, MASTER_ENTRIES, StorageOptions, moment, remainder_entry
+from .sharding import LocalEntries, Sharding, like_dtensor, local_entries
+from .storage import CODED, MASTER_ENTRIES, StorageOptions, master_weight, moment, remainder_entry
 from .validation import LIKE_PARAM, check_entries, check_group, check_memory, shape_of_entry
 
 # How a step is carried out and stored belongs to the optimizer that does it; what it computes, to the checkpoint.
@@ -83,7 +85,7 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
         if coded.scale in values and name in values and coded.codes not in values:
             renamed[coded.codes] = renamed.pop(name)
     remainder = values.get("param_remainder")
-    if isinstance(remainder, Tensor):
+    if isinstance(remainder, Tensor) and not is_dtensor(remainder):
         renamed["param_remainder"] = remainder_entry(remainder)
     return renamed
 
@@ -109,21 +111,30 @@ def _check(param: Tensor, key: Any, values: Mapping[str, Any]) -> None:
                 f"loaded state {name!r} of parameter {key} has shape {tuple(value.shape)}, the parameter "
                 f"{tuple(param.shape)}; build the optimizer from the same parameters in the same order"
             )
+    sharding = Sharding(param) if is_dtensor(param) else None
     try:
         for name, value in values.items():
-            if isinstance(value, Tensor):
+            if sharding is not None and is_dtensor(value) and name != "step":
+                sharding.check_entry(name, value)
+            elif isinstance(value, Tensor):
                 check_memory(value, f"state {name!r}")
-        elsewhere = torch.empty_like(param, device="meta")
-        entries = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in values.items()}
-        check_entries(elsewhere, entries)
+        check_entries(_on_meta(param), {name: _on_meta(v) for name, v in values.items()})
     except RuntimeError as error:
         raise ValueError(f"loaded state of parameter {key} cannot be used: {error}") from None
+
+
+def _on_meta(value: Any) -> Any:
+    """Return a plain tensor without values in the shape, and the layout, of a tensor; what is none as it is."""
+    if not is_dtensor(value):
+        return torch.empty_like(value, device="meta") if isinstance(value, Tensor) else value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def restore(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> None:
     """Put the tensors kept by `pack` where their parameters are, in the storage of their groups.
 
-    Where a group has no wish, moments stay in the floating-point dtypes that they were saved in.
+    Where a group has no wish, moments stay in the floating-point dtypes that they were saved in. Of whole tensors, a
+    DTensor's state takes the part of its rank.
 
     Args:
         groups: with all their options.
@@ -141,13 +152,31 @@ def restore(groups: Sequence[Mapping[str, Any]], state: Mapping[Any, Any]) -> No
             elif name == "step" and not isinstance(value, Tensor):
                 values[name] = torch.tensor(float(value), dtype=torch.float32, device="cpu")
         if loaded and param in group_of:
-            group = group_of[param]
             with torch.no_grad():
-                StorageOptions.from_group(group).complete(param, values, amsgrad=group["amsgrad"])
+                _complete(param, values, group_of[param])
         elif isinstance(param, Tensor):  # of an optimizer that was pickled
             renamed = _renamed(values)
             values.clear()
             values.update(renamed)
+
+
+def _complete(param: Tensor, values: dict[str, Any], group: Mapping[str, Any]) -> None:
+    """Bring what was loaded into the storage of its group, and of a DTensor to its rank."""
+    storage, amsgrad = StorageOptions.from_group(group), group["amsgrad"]
+    if not is_dtensor(param):
+        storage.complete(param, values, amsgrad=amsgrad)
+        return
+    sharding = Sharding(param)
+    whole = {name: v for name, v in values.items() if isinstance(v, Tensor) and name != "step" and not is_dtensor(v)}
+    if not sharding.allows_codes:
+        for name, coded in CODED.items():
+            if coded.codes in whole:
+                whole[name] = moment(name, whole)  # type: ignore[assignment]
+                for entry in coded[1:]:
+                    del whole[entry], values[entry]
+    values.update({name: sharding.part_of(name, value) for name, value in whole.items()})
+    entries = LocalEntries(values, sharding)
+    storage.complete(local(param), entries, amsgrad=amsgrad, allows_codes=sharding.allows_codes)
 
 
 def torch_state_dict(packed: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,10 +188,40 @@ def torch_state_dict(packed: Mapping[str, Any]) -> dict[str, Any]:
         if key in params:
             for name, coded in CODED.items():
                 if coded.codes in entries:
-                    entries[name] = moment(name, entries)
+                    codes = entries[coded.codes]
+                    decoded: Any = moment(name, {entry: local(entries[entry]) for entry in coded[1:]})
+                    entries[name] = like_dtensor(decoded, codes) if is_dtensor(codes) else decoded
                     del entries[coded.codes], entries[coded.scale]
             for name in MASTER_ENTRIES:
                 entries.pop(name, None)
         state[key] = entries
     param_groups = [{**group, "decoupled_weight_decay": True} for group in packed["param_groups"]]
     return {**packed, "state": state, "param_groups": param_groups}
+
+
+def master_param(param: Tensor, entries: MutableMapping[str, Any]) -> Tensor:
+    """Return a copy of a parameter's value in float32, with what its state adds to it; see `AdamW.master_params`."""
+    value = master_weight(*local_entries(param, entries)).clone(memory_format=torch.contiguous_format)
+    return like_dtensor(value, param) if is_dtensor(param) else value
+
+
+def part_for(param: Tensor, value: Tensor) -> Tensor:
+    """Return what of a tensor in a parameter's shape belongs to the parameter's part on this rank.
+
+    Raises:
+        ValueError: a DTensor where the parameter is none, or that lies otherwise.
+    """
+    if not is_dtensor(param):
+        if is_dtensor(value):
+            raise ValueError(
+                f"got a DTensor of shape {tuple(value.shape)} for a plain parameter; give its full_tensor()"
+            )
+        return value
+    sharding = Sharding(param)
+    if not is_dtensor(value):
+        return local(sharding.part_of("master_param", value))
+    try:
+        sharding.check_entry("master_param", value)
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
+    return local(value)

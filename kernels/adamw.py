@@ -116,12 +116,10 @@ def _step_elements(
             or exp_avg_ptr.dtype.element_ty == tl.bfloat16
             or exp_avg_sq_ptr.dtype.element_ty == tl.bfloat16
         )
-        seed, stream, element_offset = rounding
         noise = storage.noise_of(
-            seed,
+            rounding,
             tl.cast(scalars[7], tl.uint32),
-            tl.cast(stream, tl.uint32),
-            start + element_offset,
+            start,
             param if ROUNDS_BF16 else None,
             offsets.shape[0],
             ROUNDING != "stochastic",
@@ -223,7 +221,7 @@ def _step_block(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_elements", "seed", "stream", "element_offset"])
+@triton.jit(do_not_specialize=["n_elements", "seed", "stream", "element_offset", "row_size", "row_stride"])
 def adamw_kernel(
     param_ptr,
     grad_ptr,
@@ -239,6 +237,8 @@ def adamw_kernel(
     seed: tl.int64,
     stream: tl.int32,
     element_offset: tl.int64,
+    row_size: tl.int64,
+    row_stride: tl.int64,
     scalars_ptr,
     MAXIMIZE: tl.constexpr,
     CAUTIOUS: tl.constexpr,
@@ -250,10 +250,13 @@ def adamw_kernel(
 
     master_ptr  int16 or int8 remainder of a bf16 parameter, or fp32 master of any other
     *_scale_ptr fp32 scales of 8-bit moments, one for each storage.GROUP_SIZE elements
-    seed, stream, element_offset
-                of stochastic rounding: the key, the parameter's number, and the index of the first element in the
-                whole parameter, of which this may be a slice; a multiple of 8, unless ROUNDING says "shifted"
-    ROUNDING    "nearest", "stochastic" (bf16, 8-bit moments, and a remainder of 8 bits) or "stochastic shifted"
+    seed, stream
+                of stochastic rounding: the key, and the parameter's number
+    element_offset, row_size, row_stride
+                of a tensor that is a part of the parameter: the index of its first element there, elements that lie in
+                one piece there, or 0 if all do, and the distance of such pieces
+    ROUNDING    "nearest", "stochastic" (bf16, 8-bit moments, and a remainder of 8 bits), or "stochastic part" where
+                some of these numbers are not 0
     EVICTION    a hint to the caches for all tensors: "", "evict_first" or "evict_last"
 
     control_ptr float64 [2]: a factor for the gradient, and a flag: where it is not 0, nothing is written
@@ -282,7 +285,7 @@ def adamw_kernel(
         control_ptr,
         statistics_ptr,
         scalars_ptr,
-        (seed, stream, element_offset),
+        (seed, stream, element_offset, row_size, row_stride),
         MAXIMIZE,
         CAUTIOUS,
         ROUNDING,
@@ -325,20 +328,21 @@ def adamw_table_kernel(
     """Step a table of tensors; one program for each chunk of BLOCK_SIZE elements.
 
     tensors_ptr  int64 [n_tensors, ...]  n_elements and addresses of param, exp_avg, exp_avg_sq; then what there is of:
-                                         addresses of max_exp_avg_sq, master, exp_avg_scale, exp_avg_sq_scale; stream
+                                         addresses of max_exp_avg_sq, master, exp_avg_scale, exp_avg_sq_scale; stream;
+                                         element_offset, row_size, row_stride
     grads_ptr    int64 [n_tensors]       addresses of the gradients, 0 where there is none and nothing is written: the
                                          only part that changes between steps
     chunks_ptr   int32 [n_chunks, 2]     tensor, block within that tensor
     scalars_ptr  float32 or float64 [n_tensors, 8]
 
-    There is a master if MASTER_DTYPE is not None, a scale for a moment of 8 bits, and a stream unless ROUNDING is
-    "nearest". ALIGNED promises that every address is a multiple of 16 bytes. Other arguments as for adamw_kernel.
+    There is a master if MASTER_DTYPE is not None, a scale for a moment of 8 bits, a stream unless ROUNDING is
+    "nearest", and what comes after it with "stochastic part". ALIGNED promises that every address is a multiple of 16 bytes. Other arguments as for adamw_kernel.
     """
     MASTER: tl.constexpr = 4 + (1 if AMSGRAD else 0)
     EXP_AVG_SCALE: tl.constexpr = MASTER + (0 if MASTER_DTYPE is None else 1)
     EXP_AVG_SQ_SCALE: tl.constexpr = EXP_AVG_SCALE + (1 if EXP_AVG_DTYPE == tl.int8 else 0)
     STREAM: tl.constexpr = EXP_AVG_SQ_SCALE + (1 if EXP_AVG_SQ_DTYPE == tl.uint8 else 0)
-    COLUMNS: tl.constexpr = STREAM + (0 if ROUNDING == "nearest" else 1)
+    COLUMNS: tl.constexpr = STREAM + (0 if ROUNDING == "nearest" else 4 if ROUNDING == "stochastic part" else 1)
 
     chunk_ptr = chunks_ptr + 2 * tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunk_ptr)
@@ -363,9 +367,17 @@ def adamw_table_kernel(
         exp_avg_sq_scale_ptr = _table_ptr(row_ptr + EXP_AVG_SQ_SCALE, tl.float32, False)
     else:
         exp_avg_sq_scale_ptr: tl.constexpr = None
-    stream = 0
-    if ROUNDING != "nearest":
-        stream = tl.load(row_ptr + STREAM).to(tl.int32)
+    rounding = (seed, 0, 0, 0, 0)
+    if ROUNDING == "stochastic":
+        rounding = (seed, tl.load(row_ptr + STREAM).to(tl.int32), 0, 0, 0)
+    elif ROUNDING == "stochastic part":
+        rounding = (
+            seed,
+            tl.load(row_ptr + STREAM).to(tl.int32),
+            tl.load(row_ptr + STREAM + 1),
+            tl.load(row_ptr + STREAM + 2),
+            tl.load(row_ptr + STREAM + 3),
+        )
     _step_block(
         (
             _table_ptr(row_ptr + 1, PARAM_DTYPE, ALIGNED),
@@ -382,7 +394,7 @@ def adamw_table_kernel(
         control_ptr,
         statistics_ptr,
         scalars_ptr + tensor * 8,
-        (seed, stream, 0),
+        rounding,
         MAXIMIZE,
         CAUTIOUS,
         ROUNDING,

@@ -223,31 +223,41 @@ def store_exp_avg_sq(ptr, scale_ptr, offsets, value, root, noise, mask, remainin
 
 
 @triton.jit
-def noise_of(seed, step, stream, start, param, BLOCK_SIZE: tl.constexpr, SHIFTED: tl.constexpr):
-    """16 random bits for each element of a block and each of parameter, exp_avg and exp_avg_sq.
+def _index_in_whole(index, start, rounding):
+    """Index in the whole parameter of elements of a block, given their index in the block.
 
     Args:
-        start: index of the block's first element in the whole parameter.
-        param: if given, all bits of 8 elements one of which is not finite are 0: added to a bf16 NaN's they would make
-            it a number.
-        SHIFTED: whether `start` may be other than a multiple of 8.
+        index: int32.
+        start: index of the block's first element in the tensor.
+        rounding: seed, stream, element_offset, row_size and row_stride: of a tensor that is a part of the parameter,
+            elements of row_size lie in one piece, such pieces row_stride apart; in one piece all where row_size is 0.
     """
-    eighth = tl.expand_dims(tl.arange(0, BLOCK_SIZE // 8), 1)
-    lane = tl.expand_dims(tl.arange(0, 8), 0)
-    if SHIFTED:  # the words of two eighths, which is slower
-        lane += (start & 7).to(tl.int32)
-        eighth += lane >> 3
-        lane &= 7
-    counter = eighth.to(tl.uint32) + (start >> 3).to(tl.uint32)
-    zero = counter * 0
-    w0, w1, w2, w3 = tl.philox(
-        seed,
-        counter,
-        zero + (start >> 35).to(tl.uint32),
-        zero + step,
-        zero + stream,
-        PHILOX_ROUNDS,
-    )
+    seed, stream, element_offset, row_size, row_stride = rounding
+    whole = index + (start + element_offset)
+    if row_size != 0:
+        first_row = start // row_size
+        gap = row_stride - row_size
+        in_first_row = tl.minimum((first_row + 1) * row_size - start, 1 << 30).to(tl.int32)
+        beyond = index - in_first_row
+        rows = tl.where(beyond < 0, 0, 1 + tl.maximum(beyond, 0) // tl.minimum(row_size, 1 << 30).to(tl.int32))
+        whole += (first_row + rows) * gap
+    return whole
+
+
+@triton.jit
+def _noise_of_words(word, other, is_odd):
+    of_param = tl.where(is_odd, word >> 16, word & 0xFFFF)
+    # The high half of an odd multiple depends on all bits of the word, and on others than another multiple's.
+    of_exp_avg = word * tl.where(is_odd, 0x9E3779B1, 0x85EBCA77).to(tl.uint32) >> 16
+    of_exp_avg_sq = other * tl.where(is_odd, 0xC2B2AE3D, 0x27D4EB2F).to(tl.uint32) >> 16
+    return of_param.to(tl.int32), of_exp_avg.to(tl.int32), of_exp_avg_sq.to(tl.int32)
+
+
+@triton.jit
+def _noise_of_eighths(seed, step, stream, low, high, lane, param, BLOCK_SIZE: tl.constexpr):
+    """Words for 8 elements at a time, or one where `low` and `high`, of the counters, are given for each."""
+    zero = low * 0
+    w0, w1, w2, w3 = tl.philox(seed, low, zero + high, zero + step, zero + stream, PHILOX_ROUNDS)
     if param is not None:
         # 0 times what is not finite is NaN, and NaN is not 0.
         finite = tl.expand_dims(tl.sum(tl.reshape(param * 0.0, (BLOCK_SIZE // 8, 8)), axis=1), 1) == 0.0
@@ -255,13 +265,40 @@ def noise_of(seed, step, stream, start, param, BLOCK_SIZE: tl.constexpr, SHIFTED
         w2, w3 = tl.where(finite, w2, 0), tl.where(finite, w3, 0)
     word = tl.where(lane < 4, tl.where(lane < 2, w0, w1), tl.where(lane < 6, w2, w3))
     other = tl.where(lane < 4, tl.where(lane < 2, w1, w2), tl.where(lane < 6, w3, w0))
-    is_odd = (lane & 1) == 1
-    of_param = tl.where(is_odd, word >> 16, word & 0xFFFF)
-    # The high half of an odd multiple depends on all bits of the word, and on others than another multiple's.
-    of_exp_avg = word * tl.where(is_odd, 0x9E3779B1, 0x85EBCA77).to(tl.uint32) >> 16
-    of_exp_avg_sq = other * tl.where(is_odd, 0xC2B2AE3D, 0x27D4EB2F).to(tl.uint32) >> 16
+    return _noise_of_words(word, other, (lane & 1) == 1)
+
+
+@triton.jit
+def noise_of(rounding, step, start, param, BLOCK_SIZE: tl.constexpr, IS_PART: tl.constexpr):
+    """16 random bits for each element of a block and each of parameter, exp_avg and exp_avg_sq.
+
+    Args:
+        rounding: of `_index_in_whole`.
+        step: number of this update.
+        start: index of the block's first element in the tensor.
+        param: if given, all bits of 8 elements one of which is not finite are 0: added to a bf16 NaN's they would make
+            it a number.
+        IS_PART: whether the tensor is a part of the parameter, anywhere in it.
+    """
+    seed, stream, element_offset, row_size, row_stride = rounding
+    step, stream = step.to(tl.uint32), tl.cast(stream, tl.uint32)
+    eighth = tl.expand_dims(tl.arange(0, BLOCK_SIZE // 8), 1)
+    lane = tl.expand_dims(tl.arange(0, 8), 0)
+    if not IS_PART:
+        counter = eighth.to(tl.uint32) + (start >> 3).to(tl.uint32)
+        high = (start >> 35).to(tl.uint32)
+        noise = _noise_of_eighths(seed, step, stream, counter, high, lane, param, BLOCK_SIZE)
+    elif ((element_offset | row_size | row_stride) & 7) == 0:
+        counter = _index_in_whole(eighth * 8, start, rounding) >> 3
+        low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+        noise = _noise_of_eighths(seed, step, stream, low, high, lane, param, BLOCK_SIZE)
+    else:  # a call for each element, which is slower
+        index = _index_in_whole(eighth * 8 + lane, start, rounding)
+        low, high = (index >> 3).to(tl.uint32), (index >> 35).to(tl.uint32)
+        noise = _noise_of_eighths(seed, step, stream, low, high, (index & 7).to(tl.int32), param, BLOCK_SIZE)
+    of_param, of_exp_avg, of_exp_avg_sq = noise
     return (
-        tl.reshape(of_param, (BLOCK_SIZE,)).to(tl.int32),
-        tl.reshape(of_exp_avg, (BLOCK_SIZE,)).to(tl.int32),
-        tl.reshape(of_exp_avg_sq, (BLOCK_SIZE,)).to(tl.int32),
+        tl.reshape(of_param, (BLOCK_SIZE,)),
+        tl.reshape(of_exp_avg, (BLOCK_SIZE,)),
+        tl.reshape(of_exp_avg_sq, (BLOCK_SIZE,)),
     )

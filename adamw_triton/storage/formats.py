@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..dtensors import local
 from .eight_bit import CODED
 from .master_weights import ENTRIES as MASTER_ENTRIES
 from .master_weights import remainder_of
@@ -30,8 +31,8 @@ class StateTensors(NamedTuple):
 
     @classmethod
     def named(cls, entries: Mapping[str, Any], names: Sequence[str | None]) -> StateTensors:
-        """Take them by these names, of `entry_names`."""
-        tensors: list[Any] = [None if name is None else entries[name] for name in names]
+        """Take them by these names, of `entry_names`; of DTensors what lies on this rank."""
+        tensors: list[Any] = [None if name is None else local(entries[name]) for name in names]
         if tensors[3] is not None:
             tensors[3] = remainder_of(tensors[3])
         return cls(*tensors)

@@ -28,24 +28,32 @@ class StorageOptions(NamedTuple):
     def from_group(cls, group: Mapping[str, Any]) -> StorageOptions:
         return cls(*(group[name] for name in cls._fields))
 
-    def complete(self, param: Tensor, entries: MutableMapping[str, Any], *, amsgrad: bool) -> None:
+    def complete(
+        self, param: Tensor, entries: MutableMapping[str, Any], *, amsgrad: bool, allows_codes: bool = True
+    ) -> None:
         """Create what a parameter's state lacks, and convert what is of another format or memory layout.
 
         Values survive as well as the new format can hold them. A tensor that fits is left as it is.
+
+        Args:
+            allows_codes: whether moments can have 8 bits if the parameter's shape allows that; not where it is part of
+                a larger one that is cut within groups of elements.
         """
         entries.setdefault("step", 0.0)
         like = _dense_like(param)
         for name in _moments(amsgrad):
-            dtype = self._moment_dtype(name, param, like, entries)
+            dtype = self._moment_dtype(name, param, like, entries, allows_codes)
             if not _moment_fits(name, entries, dtype, like):
                 _set_moment(name, param, entries, dtype, like)
         self._complete_master(param, entries, like)
 
-    def is_complete(self, param: Tensor, entries: Mapping[str, Any], *, amsgrad: bool) -> bool:
+    def is_complete(
+        self, param: Tensor, entries: Mapping[str, Any], *, amsgrad: bool, allows_codes: bool = True
+    ) -> bool:
         """Whether `complete` would change nothing but the step count."""
         like = _dense_like(param)
         return self._master_fits(param, entries, like) and all(
-            _moment_fits(name, entries, self._moment_dtype(name, param, like, entries), like)
+            _moment_fits(name, entries, self._moment_dtype(name, param, like, entries, allows_codes), like)
             for name in _moments(amsgrad)
         )
 
@@ -64,12 +72,15 @@ class StorageOptions(NamedTuple):
             param.copy_(high)
             entries[name] = remainder_entry(remainder)
 
-    def _moment_dtype(self, name: str, param: Tensor, like: Tensor, entries: Mapping[str, Any]) -> torch.dtype:
+    def _moment_dtype(
+        self, name: str, param: Tensor, like: Tensor, entries: Mapping[str, Any], allows_codes: bool
+    ) -> torch.dtype:
         """Return the dtype a moment is to have; without a wish, a floating-point one that is there keeps its own."""
         wish = self.exp_avg_dtype if name == "exp_avg" else self.exp_avg_sq_dtype
         if wish is not None and param.dtype in ROUNDED_PARAMS:
             # bf16 would do for biases and norms, but decays below half a bit stand still in it.
-            return torch.float32 if name in CODED and wish == CODED[name].dtype and not scale_shape(like) else wish
+            is_coded = name in CODED and wish == CODED[name].dtype
+            return torch.float32 if is_coded and not (allows_codes and scale_shape(like)) else wish
         present = entries.get(name)
         if present is not None:
             return present.dtype

@@ -17,12 +17,27 @@ class NoiseKey(NamedTuple):
     Attributes:
         seed: key of the generator, 0 to 2^63 - 1.
         param_index: number that tells parameters apart, 0 to 2^31 - 1.
-        element_offset: index of the tensor's first element in the whole parameter, of which it may be a slice.
+        element_offset: index of the tensor's first element in the whole parameter, of which it may be a part.
+        row_size: of a part, elements that lie in one piece in the whole; 0 if all do.
+        row_stride: distance there from the beginning of one such piece to that of the next.
     """
 
     seed: int
     param_index: int
     element_offset: int = 0
+    row_size: int = 0
+    row_stride: int = 0
+
+    @property
+    def is_of_part(self) -> bool:
+        return self[2:] != (0, 0, 0)
+
+    def indices(self, n_elements: int, device: torch.device) -> Tensor:
+        """Return the index in the whole parameter of each of a tensor's elements, int64."""
+        index = torch.arange(n_elements, dtype=torch.int64, device=device)
+        if self.row_size:
+            index = index + index // self.row_size * (self.row_stride - self.row_size)
+        return index + self.element_offset
 
 
 def round_to_bfloat16(value: Tensor, noise: Tensor) -> Tensor:
@@ -39,7 +54,7 @@ def noise(key: NoiseKey, step: int, n_elements: int, param: Tensor | None, devic
             finite all bits are 0.
         device: where the bits are wanted.
     """
-    index = key.element_offset + torch.arange(n_elements, dtype=torch.int64, device=device)
+    index = key.indices(n_elements, device)
     words = torch.stack(_philox(key.seed, index >> 3, step, key.param_index))
     if param is not None:
         padded = torch.zeros(-(-n_elements // 8) * 8, dtype=torch.float32, device=device)

@@ -30,6 +30,7 @@ def test_last_blocks_of_a_large_tensor(dtype, far, device):
         formats=Formats(*(dtype,) * 4),
         amsgrad=False,
         aligned=True,
+        rounding="nearest",
         seed=0,
         configuration=configuration,
     )
@@ -65,6 +66,7 @@ def test_last_blocks_of_a_large_tensor_with_coded_state(stochastic, far, device)
         formats=used,
         amsgrad=False,
         aligned=True,
+        rounding="stochastic" if stochastic else "nearest",
         seed=5,
         configuration=configuration,
     )
