@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,46 +14,10 @@ from . import launch
 from .device_table import DeviceTable
 from .grad_control import GradDecision, GradNormOptions, GradScalerInputs
 from .hyperparams import Hyperparams
-from .launch_group import LaunchGroup, ParamWork, group_works, n_programs
+from .launch_group import LaunchGroup, group_works, n_programs
+from .members import Members, take_back
+from .param_work import ParamWork
 from .step_counts import HYPER_WORDS, StepCounts, packed_hyperparams
-
-
-class Members(NamedTuple):
-    """What a step reads anew of the parameters of a plan, in the plan's order.
-
-    Attributes:
-        listed: parameters as their groups have them.
-        params: what of them lies on this rank.
-        grads: likewise; None where there is none.
-        entries: the optimizer's state of each.
-        grad_addresses: int64 of each, packed; 0 where there is none.
-        all_present: whether all have gradients.
-    """
-
-    listed: list[Tensor]
-    params: list[Tensor]
-    grads: list[Tensor | None]
-    entries: list[dict[str, Any]]
-    grad_addresses: bytes
-    all_present: bool
-
-    def part(self, span: slice) -> Members:
-        if span == slice(0, len(self.params)):
-            return self
-        packed = self.grad_addresses[8 * span.start : 8 * span.stop]
-        parts = (of_all[span] for of_all in (self.listed, self.params, self.grads, self.entries))
-        return Members(*parts, packed, self.all_present)  # type: ignore[arg-type]
-
-    def written(self, first: int) -> list[Tensor]:
-        """Return what of the first parameters a step has written to."""
-        params = self.params[:first]
-        if self.listed is not self.params:
-            params = [*params, *(p for p, local in zip(self.listed, params, strict=False) if p is not local)]
-        if first < len(self.params) or not self.all_present:
-            with_grad = [i for i in range(first) if self.grads[i] is not None]
-            ids = {id(param) for i in with_grad for param in (self.listed[i], self.params[i])}
-            params = [param for param in params if id(param) in ids]
-        return params
 
 
 class DevicePlan:
@@ -159,8 +123,8 @@ class DevicePlan:
         assert self._norms is not None
         self._norms.launch(self._grads, decision, scaler.to(self.device), options)
 
-    def sums_of_squares(self) -> Tensor:
-        """Return those of the gradients on this device: float64 [n_classes], there."""
+    def sums_of_squares(self, members: Members) -> Tensor:
+        """Return those of the gradients that `write_inputs` has told: float64 [n_classes], on the device."""
         assert self._norms is not None
         self._norms.launch(self._grads, None, GradScalerInputs(), GradNormOptions())
         return self._norms.sums
@@ -190,18 +154,9 @@ class DevicePlan:
                 launched = group.span.stop
         finally:
             if launched < len(params):
-                self._take_back(grads[launched:], all_entries[launched:], values)
+                take_back(grads[launched:], all_entries[launched:], values)
             # Autograd does not see what a kernel writes.
             torch.autograd.graph.increment_version(members.written(launched))
-
-    @staticmethod
-    def _take_back(
-        grads: Sequence[Tensor | None], all_entries: Sequence[dict[str, Any]], decision: Tensor | None
-    ) -> None:
-        """Take back the counts of updates that were not launched."""
-        for grad, entries in zip(grads, all_entries, strict=True):
-            if grad is not None:
-                entries["step"].sub_(1.0 if decision is None else (decision[1] == 0).to(torch.float32))
 
     def _stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None

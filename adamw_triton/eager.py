@@ -1,4 +1,4 @@
-"""The step of parameters on devices without kernels, one by one in eager torch."""
+"""The step of parameters that no plan has, one by one in eager torch: without values, or on a GPU without kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .functional import is_skipped, step_tensor_eager
 from .grad_control import GradDecision
 from .hyperparams import Hyperparams
-from .launch_group import ParamWork
+from .param_work import ParamWork
 from .storage import Formats, StateTensors
 from .strides import real_view
 from .validation import is_simulated

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from . import launch, reference
 from .grad_control import GradNormOptions, GradScalerInputs, decide
 from .hyperparams import Hyperparams, kernel_scalars
-from .storage import NoiseKey, StateTensors
+from .storage import GROUP_SIZE, JoinedKeys, NoiseKey, StateTensors
 from .strides import dense, flat, real_view, same_strides
 from .validation import check_entries, check_grad, check_hyperparams, check_param, check_rounding, is_simulated
 
@@ -67,12 +67,76 @@ def step_tensor_eager(
         "noise_key": noise_key,
         **dict(zip(hyperparams._fields, hyperparams.numbers(), strict=True)),
     }
-    if state.is_plain and noise_key is None:
+    if state.is_plain and noise_key is None and not _is_large(param):
         reference.adamw_(real_view(param), real_view(grad.resolve_conj()), state.map(real_view), **options)
         return
     # Groups of elements and random bits are counted in the order of memory.
     with _flat_views(param, grad, state) as (work, work_grad, work_state):
-        reference.adamw_(flat(work), flat(work_grad), work_state.map(flat), **options)
+        tensors = flat(work), flat(work_grad), work_state.map(flat)
+        if _is_large(param):
+            _step_in_pieces(*tensors, **options)
+        else:
+            reference.adamw_(*tensors, **options)
+
+
+def host_piece() -> int:
+    """Return how many elements the CPU steps at a time: what is computed of them stays in the caches of its cores."""
+    return 2**15 * max(2, torch.get_num_threads())
+
+
+def _is_large(param: Tensor) -> bool:
+    return param.device.type == "cpu" and not is_simulated(param) and param.numel() > host_piece()
+
+
+def _step_in_pieces(
+    param: Tensor, grad: Tensor, state: StateTensors, *, statistics: Tensor | None, **options: Any
+) -> None:
+    """Take a step of flat tensors on the CPU piece by piece."""
+    size = host_piece()
+    total = None if statistics is None else torch.zeros_like(statistics)
+    for start in range(0, param.numel(), size):
+        part, of_scales = slice(start, start + size), slice(start // GROUP_SIZE, (start + size) // GROUP_SIZE)
+        scales = (None if scale is None else scale[of_scales] for scale in state[4:])
+        piece = StateTensors(*(None if t is None else t[part] for t in state[:4]), *scales)  # type: ignore[arg-type]
+        reference.adamw_(param[part], grad[part], piece, statistics=statistics, first_element=start, **options)
+        if total is not None and statistics is not None:
+            total += statistics
+    if total is not None and statistics is not None:
+        statistics.copy_(total)
+
+
+def step_joined_eager(
+    tensors: Sequence[tuple[Tensor, Any, StateTensors, NoiseKey | None]],
+    hyperparams: Hyperparams,
+    step: float,
+    *,
+    maximize: bool,
+    cautious: bool,
+    decision: Tensor | None,
+) -> None:
+    """Take update number `step` of several small parameters at once, in copies that are joined, and write these back.
+
+    Args:
+        tensors: parameter, gradient and state, dense and of the same strides, real and of the same formats; and the key
+            of stochastic rounding, of all or of none.
+    """
+    columns = [
+        [flat(t) for t in column] for column in zip(*((p, g, *s.present) for p, g, s, _ in tensors), strict=True)
+    ]
+    joined = [torch.cat(column) for column in columns]
+    of_state = iter(joined[2:])
+    keys = [key for *_, key in tensors if key is not None]
+    options: dict[str, Any] = {
+        "step": step,
+        "maximize": maximize,
+        "cautious": cautious,
+        "grad_factor": None if decision is None else decision[0],
+        "noise_key": JoinedKeys(keys, [param.numel() for param, *_ in tensors]) if keys else None,
+        **dict(zip(hyperparams._fields, hyperparams.numbers(), strict=True)),
+    }
+    reference.adamw_(joined[0], joined[1], tensors[0][2].map(lambda _: next(of_state)), **options)
+    for values, column in zip((joined[0], *joined[2:]), (columns[0], *columns[2:]), strict=True):
+        torch._foreach_copy_(column, list(values.split([t.numel() for t in column])))
 
 
 def is_skipped(decision: Tensor) -> bool:

@@ -84,7 +84,7 @@ class Table(NamedTuple):
         ]
         rounding = rounding_of(noise_keys)
         if noise_keys is not None:
-            numbers = [key[1:] if rounding == "stochastic part" else key[1:2] for key in noise_keys]
+            numbers = [key[1:2] if rounding == "stochastic" else key[1:] for key in noise_keys]
             lines = [[*line, *of_key] for line, of_key in zip(lines, numbers, strict=True)]
         tensors = torch.tensor(lines, dtype=torch.int64, device="cpu")
         return cls(
@@ -266,7 +266,9 @@ def rounding_of(noise_keys: Sequence[NoiseKey] | None) -> str:
     """Return how a kernel is to round, in its own words."""
     if noise_keys is None:
         return "nearest"
-    return "stochastic part" if any(key.is_of_part for key in noise_keys) else "stochastic"
+    if not any(key.is_of_part for key in noise_keys):
+        return "stochastic"
+    return "stochastic part" if all(key.is_aligned for key in noise_keys) else "stochastic part, unaligned"
 
 
 def statistics_like(n_programs: int, device: torch.device) -> Tensor:

@@ -3,104 +3,17 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import launch
 from .functional import step_tensor
-from .sharding import LocalEntries, Sharding
-from .storage import Formats, NoiseKey, StateTensors, entry_names
+from .param_work import ALIGNMENT, ParamWork
+from .storage import Formats, StateTensors, entry_names
 from .strides import is_dense, strides_agree
-from .validation import check_entries, check_grad, check_param
-
-ALIGNMENT = 16  # bytes of the widest access
-
-
-class GradLayout(NamedTuple):
-    """What a gradient's place in a launch depends on, but for its address."""
-
-    type: type
-    dtype: torch.dtype
-    device: torch.device
-    shape: torch.Size
-    stride: tuple[int, ...]
-    is_neg: bool
-
-    @classmethod
-    def of(cls, grad: Tensor) -> GradLayout:
-        return cls(type(grad), grad.dtype, grad.device, grad.shape, grad.stride(), grad.is_neg())
-
-
-@dataclass(eq=False)
-class ParamWork:
-    """One parameter that is to be stepped.
-
-    Attributes:
-        listed: the parameter as its group has it.
-        param: what of it lies on this rank: the parameter itself, or a DTensor's local tensor; so of `grad`, `entries`.
-        grad: None where it has none now, and had one before.
-        group: index of its param group.
-        index: in the list of all parameters, which tells its random bits apart.
-        sharding: of a DTensor.
-        norm_class: number of its class in `RankSums`.
-        turn: 0, or a number that says when it is stepped: parameters that share memory cannot share a launch.
-    """
-
-    listed: Tensor
-    param: Tensor
-    grad: Tensor | None
-    entries: MutableMapping[str, Any]
-    group: int
-    index: int
-    sharding: Sharding | None = None
-    norm_class: int = 0
-    turn: int = 0
-
-    @property
-    def stored_entries(self) -> MutableMapping[str, Any]:
-        """The entries as the optimizer's state has them."""
-        return self.entries.entries if isinstance(self.entries, LocalEntries) else self.entries
-
-    @property
-    def allows_codes(self) -> bool:
-        return self.sharding is None or self.sharding.allows_codes
-
-    def check(self) -> None:
-        """Refuse what cannot be stepped; see `validation` for what is raised."""
-        if self.sharding is not None:
-            self.sharding.check(self.stored_entries)
-        check_param(self.param)
-        if self.grad is not None:
-            check_grad(self.param, self.grad)
-        check_entries(self.param, self.entries)
-
-    def see_gradient(self, known: Mapping[int, tuple[GradLayout, bool]]) -> None:
-        """Note layout and alignment of the gradient that the tables are made for.
-
-        Args:
-            known: those of former gradients, by id of the parameter: of one that is missing, and of one that moves
-                between aligned and unaligned addresses.
-        """
-        param = self.param
-        layout, self.is_aligned = known.get(id(self.listed), (None, True))
-        if self.grad is not None:
-            layout = GradLayout.of(self.grad)
-            self.is_aligned = self.is_aligned and self.grad.data_ptr() % ALIGNMENT == 0
-        elif layout is None or layout.shape != param.shape:
-            layout = GradLayout(Tensor, param.dtype, param.device, param.shape, param.stride(), False)
-        self.grad_layout = layout
-
-    def noise_key(self, seed: int, formats: Formats) -> NoiseKey | None:
-        if not formats.stochastic:
-            return None
-        return (
-            NoiseKey(seed, self.index) if self.sharding is None else NoiseKey(seed, self.index, *self.sharding.position)
-        )
 
 
 class LaunchKey(NamedTuple):

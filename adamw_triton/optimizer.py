@@ -14,18 +14,11 @@ from .grad_control import GradDecision, GradNormOptions, GradScalerInputs
 from .group_options import OURS, GroupOptions, OptionsOfGroups
 from .norm_attributes import NormAttributes
 from .plan import Plan, StepInputs
+from .rank_checks import check_no_fsdp1, check_norm_group, warn_if_replaced
 from .sharding import local_entries
 from .step_hooks import exclude_from_compilation, with_hooks
 from .storage import StateBytes, StorageOptions
-from .validation import (
-    check_group,
-    check_hyperparams,
-    check_implementation,
-    check_no_fsdp1,
-    check_norm_group,
-    refuse_seed,
-    warn_if_replaced,
-)
+from .validation import check_group, check_hyperparams, check_implementation, refuse_seed
 
 _DEFAULTS: dict[str, Any] = {
     "amsgrad": False,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import storage
-from .storage import NoiseKey, StateTensors
+from .storage import JoinedKeys, NoiseKey, StateTensors
 
 
 def adamw_(
@@ -26,7 +26,8 @@ def adamw_(
     maximize: bool = False,
     cautious: bool = False,
     grad_factor: Tensor | None = None,
-    noise_key: NoiseKey | None = None,
+    noise_key: NoiseKey | JoinedKeys | None = None,
+    first_element: int = 0,
     statistics: Tensor | None = None,
 ) -> None:
     """Update number `step` (1 is the first) of one real parameter and its state, in place.
@@ -42,6 +43,7 @@ def adamw_(
         cautious: decay only where that moves the parameter as the update does.
         grad_factor: 0-d tensor that the gradient is multiplied by.
         noise_key: of stochastic rounding, where it is given.
+        first_element: index of the first element of param in the tensor that the key is of.
         statistics: two elements, set to the sums of squares of the parameter's change and of the new parameter, before
             they are rounded.
     """
@@ -77,7 +79,9 @@ def adamw_(
     if statistics is not None and old is not None:
         statistics.copy_(torch.stack([value.double().square().sum() for value in (p - old, p)]))
 
-    of_param, of_exp_avg, of_exp_avg_sq = (None,) * 3 if noise_key is None else _noise(noise_key, step, param, state, p)
+    of_param, of_exp_avg, of_exp_avg_sq = (
+        (None,) * 3 if noise_key is None else _noise(noise_key, first_element, step, param, state, p)
+    )
     _store_param(param, state, p, of_param)
     _store("exp_avg", state, m, of_exp_avg)
     _store("exp_avg_sq", state, v, of_exp_avg_sq)
@@ -85,10 +89,12 @@ def adamw_(
         _write(state.max_exp_avg_sq, largest, of_exp_avg_sq)
 
 
-def _noise(key: NoiseKey, step: float, param: Tensor, state: StateTensors, new_param: Tensor) -> Iterable[Tensor]:
+def _noise(
+    key: NoiseKey | JoinedKeys, first: int, step: float, param: Tensor, state: StateTensors, new_param: Tensor
+) -> Iterable[Tensor]:
     dtypes = [state.exp_avg.dtype, state.exp_avg_sq.dtype, *([param.dtype] if state.master is None else [])]
     guarded = new_param if torch.bfloat16 in dtypes else None  # a NaN to which bits are added can become a number
-    of_param, of_exp_avg, of_exp_avg_sq = storage.noise(key, int(step), param.numel(), guarded, param.device)
+    of_param, of_exp_avg, of_exp_avg_sq = storage.noise(key, int(step), param.numel(), guarded, param.device, first)
     both_coded = state.exp_avg_scale is not None and state.exp_avg_sq_scale is not None
     return of_param, of_exp_avg, of_exp_avg if both_coded else of_exp_avg_sq
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .device_plan import Members
 from .dtensors import locals_of
-from .launch_group import ALIGNMENT, GradLayout
+from .members import Members
+from .param_work import ALIGNMENT, GradLayout
 from .strides import fill_memory
 
 _ALIGNED = bytes(range(0, 256, ALIGNMENT))  # lowest bytes of addresses

@@ -122,7 +122,7 @@ def _step_elements(
             start,
             param if ROUNDS_BF16 else None,
             offsets.shape[0],
-            ROUNDING != "stochastic",
+            ROUNDING,
         )
         if m_scale_ptr is not None and v_scale_ptr is not None:
             noise = (noise[0], noise[1], noise[1])  # m / sqrt(v) is off by less where both are rounded the same way
@@ -255,8 +255,8 @@ def adamw_kernel(
     element_offset, row_size, row_stride
                 of a tensor that is a part of the parameter: the index of its first element there, elements that lie in
                 one piece there, or 0 if all do, and the distance of such pieces
-    ROUNDING    "nearest", "stochastic" (bf16, 8-bit moments, and a remainder of 8 bits), or "stochastic part" where
-                some of these numbers are not 0
+    ROUNDING    "nearest", "stochastic" (bf16, 8-bit moments, and a remainder of 8 bits), "stochastic part" where some
+                of these numbers are not 0, or "stochastic part, unaligned" where some are not multiples of 8
     EVICTION    a hint to the caches for all tensors: "", "evict_first" or "evict_last"
 
     control_ptr float64 [2]: a factor for the gradient, and a flag: where it is not 0, nothing is written
@@ -336,13 +336,13 @@ def adamw_table_kernel(
     scalars_ptr  float32 or float64 [n_tensors, 8]
 
     There is a master if MASTER_DTYPE is not None, a scale for a moment of 8 bits, a stream unless ROUNDING is
-    "nearest", and what comes after it with "stochastic part". ALIGNED promises that every address is a multiple of 16 bytes. Other arguments as for adamw_kernel.
+    "nearest", and what comes after it for parts. ALIGNED promises that every address is a multiple of 16 bytes. Other arguments as for adamw_kernel.
     """
     MASTER: tl.constexpr = 4 + (1 if AMSGRAD else 0)
     EXP_AVG_SCALE: tl.constexpr = MASTER + (0 if MASTER_DTYPE is None else 1)
     EXP_AVG_SQ_SCALE: tl.constexpr = EXP_AVG_SCALE + (1 if EXP_AVG_DTYPE == tl.int8 else 0)
     STREAM: tl.constexpr = EXP_AVG_SQ_SCALE + (1 if EXP_AVG_SQ_DTYPE == tl.uint8 else 0)
-    COLUMNS: tl.constexpr = STREAM + (0 if ROUNDING == "nearest" else 4 if ROUNDING == "stochastic part" else 1)
+    COLUMNS: tl.constexpr = STREAM + (0 if ROUNDING == "nearest" else 1 if ROUNDING == "stochastic" else 4)
 
     chunk_ptr = chunks_ptr + 2 * tl.program_id(0).to(tl.int64)
     tensor = tl.load(chunk_ptr)
@@ -370,7 +370,7 @@ def adamw_table_kernel(
     rounding = (seed, 0, 0, 0, 0)
     if ROUNDING == "stochastic":
         rounding = (seed, tl.load(row_ptr + STREAM).to(tl.int32), 0, 0, 0)
-    elif ROUNDING == "stochastic part":
+    elif ROUNDING != "nearest":
         rounding = (
             seed,
             tl.load(row_ptr + STREAM).to(tl.int32),

@@ -223,8 +223,18 @@ def store_exp_avg_sq(ptr, scale_ptr, offsets, value, root, noise, mask, remainin
 
 
 @triton.jit
-def _index_in_whole(index, start, rounding):
-    """Index in the whole parameter of elements of a block, given their index in the block.
+def _rows_before(index, start, row_size, UNIT: tl.constexpr):
+    """The row of row_size elements in which each is that lies index * UNIT after element `start`, both in UNITs."""
+    first_row = start // row_size
+    in_first_row = tl.minimum(((first_row + 1) * row_size - start) // UNIT, 1 << 30).to(tl.int32)
+    beyond = tl.maximum(index - in_first_row, -1)
+    size = tl.minimum(row_size // UNIT, 1 << 30).to(tl.int32)
+    return first_row, (beyond + size) // size
+
+
+@triton.jit
+def _index_in_whole(index, start, rounding, UNIT: tl.constexpr):
+    """Index in the whole parameter, in UNITs of elements, of what lies `index` UNITs after element `start`.
 
     Args:
         index: int32.
@@ -233,14 +243,12 @@ def _index_in_whole(index, start, rounding):
             elements of row_size lie in one piece, such pieces row_stride apart; in one piece all where row_size is 0.
     """
     seed, stream, element_offset, row_size, row_stride = rounding
-    whole = index + (start + element_offset)
+    first = (start + element_offset) // UNIT
+    whole = first + index
     if row_size != 0:
-        first_row = start // row_size
-        gap = row_stride - row_size
-        in_first_row = tl.minimum((first_row + 1) * row_size - start, 1 << 30).to(tl.int32)
-        beyond = index - in_first_row
-        rows = tl.where(beyond < 0, 0, 1 + tl.maximum(beyond, 0) // tl.minimum(row_size, 1 << 30).to(tl.int32))
-        whole += (first_row + rows) * gap
+        gap = (row_stride - row_size) // UNIT
+        first_row, rows = _rows_before(index, start, row_size, UNIT)
+        whole = (first + first_row * gap) + index + rows * gap
     return whole
 
 
@@ -269,7 +277,19 @@ def _noise_of_eighths(seed, step, stream, low, high, lane, param, BLOCK_SIZE: tl
 
 
 @triton.jit
-def noise_of(rounding, step, start, param, BLOCK_SIZE: tl.constexpr, IS_PART: tl.constexpr):
+def _noise_of_part(rounding, step, stream, start, index, lane, param, BLOCK_SIZE: tl.constexpr):
+    """Bits by the index in the whole parameter: of the eighths `index`, or without `lane` of elements."""
+    if lane is not None:
+        counter = _index_in_whole(index, start, rounding, 8)
+    else:
+        whole = _index_in_whole(index, start, rounding, 1)
+        counter, lane = whole >> 3, (whole & 7).to(tl.int32)
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    return _noise_of_eighths(rounding[0], step, stream, low, high, lane, param, BLOCK_SIZE)
+
+
+@triton.jit
+def noise_of(rounding, step, start, param, BLOCK_SIZE: tl.constexpr, ROUNDING: tl.constexpr):
     """16 random bits for each element of a block and each of parameter, exp_avg and exp_avg_sq.
 
     Args:
@@ -278,24 +298,22 @@ def noise_of(rounding, step, start, param, BLOCK_SIZE: tl.constexpr, IS_PART: tl
         start: index of the block's first element in the tensor.
         param: if given, all bits of 8 elements one of which is not finite are 0: added to a bf16 NaN's they would make
             it a number.
-        IS_PART: whether the tensor is a part of the parameter, anywhere in it.
+        ROUNDING: as for the kernels, and not "nearest".
     """
     seed, stream, element_offset, row_size, row_stride = rounding
     step, stream = step.to(tl.uint32), tl.cast(stream, tl.uint32)
     eighth = tl.expand_dims(tl.arange(0, BLOCK_SIZE // 8), 1)
     lane = tl.expand_dims(tl.arange(0, 8), 0)
-    if not IS_PART:
+    if ROUNDING == "stochastic":
         counter = eighth.to(tl.uint32) + (start >> 3).to(tl.uint32)
         high = (start >> 35).to(tl.uint32)
         noise = _noise_of_eighths(seed, step, stream, counter, high, lane, param, BLOCK_SIZE)
+    elif ROUNDING == "stochastic part":
+        noise = _noise_of_part(rounding, step, stream, start, eighth, lane, param, BLOCK_SIZE)
     elif ((element_offset | row_size | row_stride) & 7) == 0:
-        counter = _index_in_whole(eighth * 8, start, rounding) >> 3
-        low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
-        noise = _noise_of_eighths(seed, step, stream, low, high, lane, param, BLOCK_SIZE)
+        noise = _noise_of_part(rounding, step, stream, start, eighth, lane, param, BLOCK_SIZE)
     else:  # a call for each element, which is slower
-        index = _index_in_whole(eighth * 8 + lane, start, rounding)
-        low, high = (index >> 3).to(tl.uint32), (index >> 35).to(tl.uint32)
-        noise = _noise_of_eighths(seed, step, stream, low, high, (index & 7).to(tl.int32), param, BLOCK_SIZE)
+        noise = _noise_of_part(rounding, step, stream, start, eighth * 8 + lane, None, param, BLOCK_SIZE)
     of_param, of_exp_avg, of_exp_avg_sq = noise
     return (
         tl.reshape(of_param, (BLOCK_SIZE,)),

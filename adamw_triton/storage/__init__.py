@@ -5,7 +5,7 @@ from .formats import ROUNDED_PARAMS, Formats, StateTensors, entry_names
 from .master_weights import ENTRIES as MASTER_ENTRIES
 from .master_weights import join, master_weight, remainder_entry, remainder_of, split
 from .options import StorageOptions, moment
-from .rounding import PHILOX_ROUNDS, NoiseKey, noise, round_to_bfloat16
+from .rounding import PHILOX_ROUNDS, JoinedKeys, NoiseKey, noise, round_to_bfloat16
 from .state_bytes import StateBytes
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "PHILOX_ROUNDS",
     "ROUNDED_PARAMS",
     "Formats",
+    "JoinedKeys",
     "NoiseKey",
     "StateBytes",
     "StateTensors",

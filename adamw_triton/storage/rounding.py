@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,12 +32,41 @@ class NoiseKey(NamedTuple):
     def is_of_part(self) -> bool:
         return self[2:] != (0, 0, 0)
 
-    def indices(self, n_elements: int, device: torch.device) -> Tensor:
-        """Return the index in the whole parameter of each of a tensor's elements, int64."""
-        index = torch.arange(n_elements, dtype=torch.int64, device=device)
+    @property
+    def is_aligned(self) -> bool:
+        """Whether elements that share random bits are 8 that follow each other, and not in two such eighths."""
+        return not any(number % 8 for number in self[2:])
+
+    def indices(self, n_elements: int, device: torch.device, first: int = 0) -> Tensor:
+        """Return the index in the whole parameter of elements of a tensor, int64, from its element `first` on."""
+        index = torch.arange(first, first + n_elements, dtype=torch.int64, device=device)
         if self.row_size:
             index = index + index // self.row_size * (self.row_stride - self.row_size)
         return index + self.element_offset
+
+    def param_indices(self, device: torch.device) -> Tensor:
+        """Return the parameter's number, in a form that goes with `indices`."""
+        return torch.tensor(self.param_index, dtype=torch.int64, device=device)
+
+
+class JoinedKeys(NamedTuple):
+    """What the random bits of tensors that follow each other in memory depend on: keys of one seed, and sizes."""
+
+    keys: Sequence[NoiseKey]
+    sizes: Sequence[int]
+
+    @property
+    def seed(self) -> int:
+        return self.keys[0].seed
+
+    def indices(self, n_elements: int, device: torch.device, first: int = 0) -> Tensor:
+        """Return the index of each element in its own parameter, int64; always of all elements."""
+        return torch.cat([key.indices(size, device) for key, size in zip(self.keys, self.sizes, strict=True)])
+
+    def param_indices(self, device: torch.device) -> Tensor:
+        """Return the number of each element's parameter."""
+        numbers = torch.tensor([key.param_index for key in self.keys], dtype=torch.int64, device=device)
+        return numbers.repeat_interleave(torch.tensor(self.sizes, device=device))
 
 
 def round_to_bfloat16(value: Tensor, noise: Tensor) -> Tensor:
@@ -45,7 +74,9 @@ def round_to_bfloat16(value: Tensor, noise: Tensor) -> Tensor:
     return ((value.view(torch.int32) + noise) >> 16 << 16).view(torch.float32).to(torch.bfloat16)
 
 
-def noise(key: NoiseKey, step: int, n_elements: int, param: Tensor | None, device: torch.device) -> Iterator[Tensor]:
+def noise(
+    key: NoiseKey | JoinedKeys, step: int, n_elements: int, param: Tensor | None, device: torch.device, first: int = 0
+) -> Iterator[Tensor]:
     """Yield 16 random bits for each element, int32 [n_elements]: for the parameter, exp_avg and exp_avg_sq.
 
     Args:
@@ -53,9 +84,10 @@ def noise(key: NoiseKey, step: int, n_elements: int, param: Tensor | None, devic
         param: new parameter, float32 [n_elements], if something is stored in bf16: of 8 elements one of which is not
             finite all bits are 0.
         device: where the bits are wanted.
+        first: index of the first of these elements in the tensor that the key is of.
     """
-    index = key.indices(n_elements, device)
-    words = torch.stack(_philox(key.seed, index >> 3, step, key.param_index))
+    index = key.indices(n_elements, device, first)
+    words = torch.stack(_philox(key.seed, index >> 3, step, key.param_indices(device)))
     if param is not None:
         padded = torch.zeros(-(-n_elements // 8) * 8, dtype=torch.float32, device=device)
         padded[:n_elements] = param * 0.0
@@ -70,11 +102,11 @@ def noise(key: NoiseKey, step: int, n_elements: int, param: Tensor | None, devic
         yield ((source * factor & 0xFFFFFFFF) >> 16).to(torch.int32)
 
 
-def _philox(seed: int, counter: Tensor, step: int, param_index: int) -> list[Tensor]:
+def _philox(seed: int, counter: Tensor, step: int, param_index: Tensor) -> list[Tensor]:
     """Return four words of Philox4x32 (Salmon et al., https://doi.org/10.1145/2063384.2063405), computed in int64."""
     mask = 0xFFFFFFFF
     c0, c1 = counter & mask, counter >> 32
-    c2, c3 = torch.full_like(counter, step & mask), torch.full_like(counter, param_index & mask)
+    c2, c3 = torch.full_like(counter, step & mask), torch.zeros_like(counter) + (param_index & mask)
     k0, k1 = seed & mask, seed >> 32 & mask
 
     def high(a: Tensor, b: int) -> Tensor:

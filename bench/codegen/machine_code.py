@@ -181,7 +181,7 @@ def compile_variant(variant: Variant) -> Compiled:
         return torch.zeros(16, dtype=dtype)[0 if variant.aligned else 1 :]
 
     master = None if variant.master is None else DTYPES[variant.master]
-    noise_key = NoiseKey(seed=1, param_index=0) if variant.stochastic else None
+    noise_key = NoiseKey(1, 0, *((8, 64, 256) if variant.part else ())) if variant.stochastic else None
 
     int64, int32 = torch.zeros(1, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int32)
     decision = GradDecision(torch.device("cpu")) if variant.control else None
@@ -208,6 +208,7 @@ def compile_variant(variant: Variant) -> Compiled:
                 formats=formats,
                 amsgrad=variant.amsgrad,
                 aligned=variant.aligned,
+                rounding=launch.rounding_of(None if noise_key is None else [noise_key]),
                 seed=1,
                 configuration=launch.configuration_of(*formats.dtypes),
             )

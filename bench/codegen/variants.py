@@ -16,7 +16,7 @@ TARGETS: dict[str, tuple[str, int | str, int]] = {
 KERNELS = ("tensor", "table")
 NORM = "norm"  # kernel of the gradient norm, of which only the gradient's dtype, `control` and `scaler` matter
 SCALARS = "scalars"  # kernel of step counts and scalars, of which only the parameter's dtype and the same matter
-FLAGS = ("amsgrad", "maximize", "control", "scaler", "statistics", "cautious", "stochastic")
+FLAGS = ("amsgrad", "maximize", "control", "scaler", "statistics", "cautious", "stochastic", "part")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class Variant:
     aligned: bool = True  # all tensors to 16 bytes
     master: str | None = None  # int16 or int8 remainder, or fp32 master
     stochastic: bool = False
+    part: bool = False  # of a larger parameter, whose random bits it has
 
     def __str__(self) -> str:
         flags = [flag for flag in FLAGS if getattr(self, flag)]

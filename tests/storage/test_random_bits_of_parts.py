@@ -84,7 +84,8 @@ def test_kernels_use_the_bits_of_a_part(part, as_table, device):
         expected = tensors(333, 1)
         keys = [NoiseKey(key.seed, 9), key]
         table = Table.of([other[0], ours[0]], torch.bfloat16, [other[2], ours[2]], aligned=False, noise_keys=keys)
-        assert table.rounding == "stochastic part"
+        unaligned = any(number % 8 for number in part)
+        assert table.rounding == ("stochastic part, unaligned" if unaligned else "stochastic part")
         grads = torch.tensor([other[1].data_ptr(), ours[1].data_ptr()], device=device)
         launch.launch_table(table, grads, scalars_row(HYPER, 3, device).expand(2, 8).contiguous(), **options)
         step_tensor_eager(*expected, HYPER, 3.0, noise_key=keys[0], **options)

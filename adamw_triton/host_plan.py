@@ -1,0 +1,266 @@
+"""The step of parameters on the CPU: torch's fused step where that does the same, else the reference in eager torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .functional import host_piece, is_skipped, step_joined_eager, step_tensor_eager
+from .grad_control import GradDecision, GradScalerInputs
+from .hyperparams import Hyperparams
+from .members import Members, take_back
+from .param_work import ParamWork
+from .storage import Formats, StateTensors, entry_names
+from .strides import flat, is_dense, real_view, strides_agree
+
+_JOINED = 8192  # elements of a parameter that is worth copying to be stepped together with others
+
+
+class HostKey(NamedTuple):
+    """What the parameters that are stepped together have in common."""
+
+    turn: int
+    group: int
+    is_fused: bool
+    is_flat: bool
+    formats: Formats
+    entry_names: tuple[str | None, ...]
+
+    @classmethod
+    def of(cls, work: ParamWork, group: Mapping[str, Any], *, statistics: bool) -> HostKey:
+        param, layout = work.param, work.grad_layout
+        names = entry_names(work.entries, group["amsgrad"])
+        state = StateTensors.named(work.entries, names)
+        formats = Formats.of(param, layout.dtype, state, stochastic=group["stochastic_rounding"])
+        is_flat = (
+            work.turn == 0
+            and is_dense(param)
+            and strides_agree(param.shape, param.stride(), layout.stride)
+            and not param.is_complex()
+            and not layout.is_neg
+        )
+        like_param = [tensor.dtype for tensor in state.present]
+        is_fused = (
+            is_flat
+            and state.is_plain
+            and not (formats.stochastic or group["cautious"] or statistics)
+            and {layout.dtype, *like_param} == {param.dtype}
+        )
+        return cls(work.turn, work.group, is_fused, is_flat, formats, names)
+
+
+class HostGroup:
+    """Parameters of one param group that are stepped together.
+
+    Args:
+        key: of all.
+        works: parameters with complete state.
+        group: their param group.
+        span: their place among the parameters of the plan.
+        sums: float64 [n, 2] of them, written, with statistics.
+    """
+
+    def __init__(
+        self, key: HostKey, works: Sequence[ParamWork], group: Mapping[str, Any], span: slice, sums: Tensor | None
+    ) -> None:
+        self.key, self.span = key, span
+        self._how = {"maximize": group["maximize"], "cautious": group["cautious"]}
+        self._noise_keys = [work.noise_key(group["seed"], key.formats) for work in works]
+        self._sums = sums
+        rounds = key.formats.stochastic  # eight elements share random bits
+        self._is_small = [
+            key.is_flat and sums is None and 0 < n <= _JOINED and not (rounds and n % 8)
+            for n in (work.param.numel() for work in works)
+        ]
+
+    @property
+    def state_names(self) -> list[str]:
+        """Names of the state entries of each parameter."""
+        return ["step", *(name for name in self.key.entry_names if name is not None)]
+
+    def step(self, members: Members, hyperparams: Hyperparams, decision: Tensor | None) -> None:
+        """Step those that have gradients and count them; the step is not skipped."""
+        params, grads, all_entries = members.params, members.grads, members.entries
+        with_grad = [i for i, grad in enumerate(grads) if grad is not None]
+        if self._sums is not None:
+            self._sums.zero_()
+        states = {i: StateTensors.named(all_entries[i], self.key.entry_names) for i in with_grad}
+        counts = [all_entries[i]["step"] for i in with_grad]
+        if counts:
+            torch._foreach_add_(counts, 1.0)
+        try:
+            factor = None if decision is None or decision[0] == 1.0 else decision[0].item()
+            # A gradient of 16 bits times a factor is not rounded to them again.
+            if self.key.is_fused and (factor is None or self.key.formats.param.itemsize > 2):
+                tensors = [(params[i], grads[i], states[i], all_entries[i]["step"]) for i in with_grad]
+                self._step_fused(tensors, hyperparams, factor)
+                with_grad = []
+            by_count: dict[float, list[int]] = defaultdict(list)
+            for i, count in zip(with_grad, counts, strict=False):
+                by_count[count.item()].append(i)
+            for count, its_members in by_count.items():
+                small = [i for i in its_members if self._is_small[i]]
+                for joined in _at_most(small, [params[i].numel() for i in small], host_piece()):
+                    some = [(params[i], grads[i], states[i], self._noise_keys[i]) for i in joined]
+                    step_joined_eager(some, hyperparams, count, decision=decision, **self._how)
+                for i in its_members:
+                    if not self._is_small[i]:
+                        self._step_one(i, params[i], grads[i], states[i], hyperparams, count, decision)
+        except BaseException:
+            take_back([None if i not in states else grads[i] for i in range(len(grads))], all_entries, None)
+            raise
+
+    def _step_fused(self, tensors: Sequence[tuple[Any, ...]], hyperparams: Hyperparams, factor: float | None) -> None:
+        lr, beta1, beta2, eps, weight_decay, decay_lr = hyperparams.numbers()
+        amsgrad = self.key.entry_names[2] is not None
+        options: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
+        options |= {"weight_decay": weight_decay / decay_lr, "amsgrad": amsgrad, "maximize": self._how["maximize"]}
+        # torch's would write what it makes of gradients with a factor to these.
+        rows = _pieces(tensors) if factor is not None else ((p, g, *s[:3], n) for p, g, s, n in tensors if p.numel())
+        lists = [list(column) for column in zip(*rows, strict=True)]
+        if not lists:
+            return
+        params, grads, exp_avgs, exp_avg_sqs, largest, counts = lists
+        if factor is None:
+            torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, largest if amsgrad else [], counts, **options)
+            return
+        for i, grad in enumerate(grads):
+            torch._fused_adamw_(
+                [params[i]], [grad * factor], [exp_avgs[i]], [exp_avg_sqs[i]], [largest[i]] if amsgrad else [],
+                [counts[i]], **options,
+            )  # fmt: skip
+
+    def _step_one(
+        self,
+        i: int,
+        param: Tensor,
+        grad: Any,
+        state: StateTensors,
+        hyperparams: Hyperparams,
+        count: float,
+        decision: Tensor | None,
+    ) -> None:
+        step_tensor_eager(
+            param,
+            grad,
+            state,
+            hyperparams,
+            count,
+            decision=decision,
+            statistics=None if self._sums is None else self._sums[i],
+            noise_key=self._noise_keys[i],
+            **self._how,
+        )
+
+
+class HostPlan:
+    """All steps of the parameters on the CPU; numbers only, and no parameter, gradient or state.
+
+    Args:
+        works: parameters with complete state, and step counts of their own.
+        groups: the optimizer's param groups.
+        statistics: whether to sum the squares of what is written, and of its change.
+        n_classes: of `RankSums`.
+
+    Attributes:
+        device: the CPU.
+        order: indices among `works`, in the order in which they are stepped.
+    """
+
+    def __init__(
+        self, works: Sequence[ParamWork], groups: Sequence[Mapping[str, Any]], *, statistics: bool, n_classes: int
+    ) -> None:
+        self.device = works[0].param.device
+        by_key: dict[HostKey, list[int]] = defaultdict(list)
+        for i, work in enumerate(works):
+            by_key[HostKey.of(work, groups[work.group], statistics=statistics)].append(i)
+        in_turn = sorted(by_key.items(), key=lambda item: item[0].turn)
+        self.order = [i for _, its_works in in_turn for i in its_works]
+        self._classes = [works[i].norm_class for i in self.order]
+        self._n_classes = n_classes
+        self._sums = torch.zeros(len(works), 2, dtype=torch.float64, device=self.device) if statistics else None
+        self._has_stepped = False
+        self.groups: list[HostGroup] = []
+        start = 0
+        for key, its_works in in_turn:
+            span = slice(start, start + len(its_works))
+            sums = None if self._sums is None else self._sums[span]
+            self.groups.append(HostGroup(key, [works[i] for i in its_works], groups[key.group], span, sums))
+            start = span.stop
+        self._hyperparams: Sequence[Hyperparams] = ()
+
+    @property
+    def aligned(self) -> list[bool]:
+        """Whether each gradient must begin at a multiple of ALIGNMENT."""
+        return [False] * len(self.order)
+
+    def write_inputs(self, members: Members, hyperparams: Sequence[Hyperparams], *, capturing: bool) -> list[Tensor]:
+        """Take the hyper-parameters of all groups for the step to come."""
+        self._hyperparams = hyperparams
+        return []
+
+    def sums_of_squares(self, members: Members) -> Tensor:
+        """Return those of the gradients: float64 [n_classes]."""
+        sums = torch.zeros(self._n_classes, dtype=torch.float64, device=self.device)
+        for number, grad in zip(self._classes, members.grads, strict=True):
+            if grad is not None:
+                for piece in _flat_pieces(real_view(grad.resolve_conj().resolve_neg())):
+                    wide = piece.double()
+                    sums[number] += torch.dot(wide, wide)
+        return sums
+
+    def statistics(self) -> Tensor | None:
+        """Return the sums of squares of the last step's changes, and of what they made: float64 [n_classes, 2]."""
+        if self._sums is None:
+            return None
+        by_class = [[i for i, number in enumerate(self._classes) if number == c] for c in range(self._n_classes)]
+        return torch.stack([self._sums[members].sum(dim=0) for members in by_class])
+
+    def step(self, members: Members, decision: GradDecision | None, scaler: GradScalerInputs, *, decided: bool) -> None:
+        """Step all parameters that have gradients, and count, unless the step is skipped.
+
+        Args:
+            members: of the plan.
+            decision: what the step is subject to, decided.
+        """
+        values = None if decision is None else decision.values
+        if values is not None and is_skipped(values):
+            return
+        for group in self.groups:
+            group.step(members.part(group.span), self._hyperparams[group.key.group], values)
+        if members.listed is not members.params:  # autograd sees what torch writes, but to the local tensor
+            written = members.written(len(members.params))
+            locals_ = {id(param) for param in members.params}
+            torch.autograd.graph.increment_version([param for param in written if id(param) not in locals_])
+
+
+def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the elements of a tensor, in any order, as 1-D views that stay in the caches."""
+    values = flat(tensor) if is_dense(tensor) else tensor.reshape(-1)
+    yield from values.split(host_piece())
+
+
+def _pieces(tensors: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Yield a parameter's tensors in such pieces: parameter, gradient, moments, maximum, count."""
+    for param, grad, state, count in tensors:
+        columns = [None if t is None else list(_flat_pieces(t)) for t in (param, grad, *state[:3])]
+        for i in range(len(columns[0] or ())):
+            yield (*(None if column is None else column[i] for column in columns), count)
+
+
+def _at_most(indices: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Yield runs of indices whose sizes add up to at most a limit."""
+    run: list[int] = []
+    total = 0
+    for index, size in zip(indices, sizes, strict=True):
+        if run and total + size > limit:
+            yield run
+            run, total = [], 0
+        run.append(index)
+        total += size
+    if run:
+        yield run
