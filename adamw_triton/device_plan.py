@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import launch
 from .device_table import DeviceTable
-from .grad_control import GradDecision, GradNormOptions, GradScalerInputs
+from .grad_control import NO_NORM, GradDecision, GradNormOptions, GradScalerInputs
 from .hyperparams import Hyperparams
 from .launch_group import LaunchGroup, group_works, n_programs
 from .members import Members, take_back
@@ -126,7 +126,7 @@ class DevicePlan:
     def sums_of_squares(self, members: Members) -> Tensor:
         """Return those of the gradients that `write_inputs` has told: float64 [n_classes], on the device."""
         assert self._norms is not None
-        self._norms.launch(self._grads, None, GradScalerInputs(), GradNormOptions())
+        self._norms.launch(self._grads, None, GradScalerInputs(), NO_NORM)
         return self._norms.sums
 
     def statistics(self) -> Tensor | None:
@@ -136,15 +136,26 @@ class DevicePlan:
         table = self._statistics[..., :2]
         return torch.stack([_sum(table, of_class) for of_class in zip(*self._programs, strict=True)])
 
-    def step(self, members: Members, decision: GradDecision | None, scaler: GradScalerInputs, *, decided: bool) -> None:
+    def step(
+        self,
+        members: Members,
+        decision: GradDecision | None,
+        scaler: GradScalerInputs,
+        *,
+        decided: bool,
+        sums: Tensor | None = None,
+        options: GradNormOptions = NO_NORM,
+    ) -> None:
         """Count, and launch everything.
 
         Args:
             members: of this device, whose gradients `write_inputs` has told.
-            decision: what the step is subject to, on this device: `decided` already, or to be made from `scaler`.
+            decision: what the step is subject to, on this device: `decided` already, or to be made from the others.
+            sums: of `RankSums`, if there is to be decided by a norm over ranks; options: of it.
         """
         params, grads, all_entries = members.params, members.grads, members.entries
-        self._counts.advance(self._grads, self._hyperparams, decision, scaler.to(self.device), decided=decided)
+        how: dict[str, Any] = {"decided": decided, "sums": sums, "options": options}
+        self._counts.advance(self._grads, self._hyperparams, decision, scaler.to(self.device), **how)
         values = None if decision is None else decision.values
         launched = 0
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,18 @@ from .grad_control import GradDecision, GradNormOptions, GradScalerInputs, decid
 from .host_plan import HostPlan
 from .param_work import ParamWork
 from .rank_sums import RankSums
+
+
+class Verdict(NamedTuple):
+    """What has been decided over a step.
+
+    Attributes:
+        decided: whether it has been; if not, the kernel that counts is to decide.
+        sums: of `RankSums`, by which it is to do so; None if by no norm.
+    """
+
+    decided: bool
+    sums: Tensor | None = None
 
 
 class GlobalNorms:
@@ -43,8 +56,8 @@ class GlobalNorms:
         works: Sequence[ParamWork],
         *,
         refused: bool = False,
-    ) -> bool:
-        """Decide over the gradients of the whole model; return False where that is left to the kernel that counts.
+    ) -> Verdict:
+        """Decide over the gradients of the whole model, or leave that to the kernel that counts.
 
         Args:
             parts: plans, and what they step.
@@ -53,12 +66,13 @@ class GlobalNorms:
         """
         need_norm = self._options.need_norm
         is_local = self._ranks.is_local or not need_norm
-        if is_local and len(parts) == 1 and not works:
-            plan = parts[0][0]
-            if isinstance(plan, DevicePlan) and plan.device == self._home:
-                if need_norm:
-                    plan.decide(self._decision_on(self._home), self._scaler, self._options)
-                return need_norm
+        plan = parts[0][0] if len(parts) == 1 and not works else None
+        if isinstance(plan, DevicePlan) and plan.device == self._home:
+            if not is_local:
+                return Verdict(False, self._ranks.add_up(self._sums(parts, [], self._home)))
+            if need_norm:
+                plan.decide(self._decision_on(self._home), self._scaler, self._options)
+            return Verdict(need_norm)
         devices = [*(plan.device for plan, _ in parts), *(work.param.device for work in works)]
         is_meta = self._home.type == "meta"
         at = next((d for d in devices if d.type != "meta"), self._home) if is_meta else self._home
@@ -73,7 +87,7 @@ class GlobalNorms:
         self._decision_on(self._home).set(values)
         for device in set(devices) - {self._home}:
             self._decision_on(device).values.copy_(move(values, device))
-        return True
+        return Verdict(True)
 
     def _sums(
         self, parts: Sequence[tuple[DevicePlan | HostPlan, Members]], works: Sequence[ParamWork], at: torch.device

@@ -47,6 +47,9 @@ class GradNormOptions(NamedTuple):
             raise ValueError(f"skip_nonfinite must be True or False; got {self.skip_nonfinite!r}")
 
 
+NO_NORM = GradNormOptions()
+
+
 class GradScalerInputs(NamedTuple):
     """What `torch.amp.GradScaler` leaves to the step: one-element tensors, or None."""
 

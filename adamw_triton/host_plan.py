@@ -220,7 +220,7 @@ class HostPlan:
         by_class = [[i for i, number in enumerate(self._classes) if number == c] for c in range(self._n_classes)]
         return torch.stack([self._sums[members].sum(dim=0) for members in by_class])
 
-    def step(self, members: Members, decision: GradDecision | None, scaler: GradScalerInputs, *, decided: bool) -> None:
+    def step(self, members: Members, decision: GradDecision | None, scaler: GradScalerInputs, **how: Any) -> None:
         """Step all parameters that have gradients, and count, unless the step is skipped.
 
         Args:

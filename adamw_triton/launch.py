@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .grad_control import GradDecision, GradNormOptions, GradScalerInputs
+from .grad_control import NO_NORM, GradDecision, GradNormOptions, GradScalerInputs
 from .storage import Formats, NoiseKey, StateTensors
 from .validation import is_simulated
 
@@ -291,12 +291,15 @@ def launch_scalars(
     scaler: GradScalerInputs,
     *,
     decided: bool,
+    sums: Tensor | None = None,
+    options: GradNormOptions = NO_NORM,
 ) -> None:
     """Count one update of every parameter that has a gradient, and write its scalars.
 
     Args:
         params, grads, hyperparams, scalars, scalars64: as in `scalars_kernel`.
-        decision: written from `scaler`, unless it is `decided`; None if the step is subject to neither.
+        decision: written from `scaler` and `sums`, unless it is `decided`; None if the step is subject to neither.
+        sums: float64 [2]: sum of squares of the gradients, and how many ranks refused the step; options: of its norm.
     """
     n_params = params.shape[0]
     with _on(params.device):
@@ -310,7 +313,12 @@ def launch_scalars(
             None if decision is None else decision.values,
             None if decision is None or decided else decision.skipped,
             *((None, None) if decided else scaler),
+            sums,
+            float(options.max_grad_norm or 0.0),
+            float(options.skip_above or 0.0),
             decided,
+            sums is not None and options.max_grad_norm is not None,
+            sums is not None and options.skip_above is not None,
             SCALARS_BLOCK,
             num_warps=NUM_WARPS,
         )

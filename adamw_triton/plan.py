@@ -287,14 +287,14 @@ class Plan:
         temporary = [plan.write_inputs(part, hyperparams, capturing=capturing) for plan, part in parts]
         subject = norm_options.need_norm or scaler.present
         due.discard("norm")
-        decided = subject and norms.decide(parts, eager_works)
+        decided, sums = norms.decide(parts, eager_works) if subject else (False, None)
         for plan, part in parts:
             decision = inputs.decision_on(plan.device) if subject else None
-            plan.step(part, decision, scaler, decided=decided)
+            plan.step(part, decision, scaler, decided=decided, sums=sums, options=norm_options)
         decision_on = inputs.decision_on if subject else None
-        sums = eager.step(eager_works, groups, hyperparams, decision_on, statistics=inputs.statistics)
-        if sums is not None:
-            self._eager_sums = list(zip((work.norm_class for work in eager_works), sums, strict=bool(sums)))
+        of_eager = eager.step(eager_works, groups, hyperparams, decision_on, statistics=inputs.statistics)
+        if of_eager is not None:
+            self._eager_sums = list(zip((w.norm_class for w in eager_works), of_eager, strict=bool(of_eager)))
         if capturing:
             self._captured.append((self._devices, temporary))
 

@@ -21,12 +21,17 @@ def check_no_fsdp1(params: Iterable[Tensor], options: GradNormOptions, *, statis
         ValueError: which option, and what to do instead.
     """
     asked = [name for name, value in options._asdict().items() if value] + ["statistics"] * statistics
-    if asked and any(getattr(param, "_fsdp_flattened", False) for param in params):
+    if asked and any(map(is_flat_shard, params)):
         raise ValueError(
             f"{asked[0]} needs norms over all ranks, which the flat parameters of FullyShardedDataParallel do not "
             f"allow: each rank would use the norm of its own part. Call model.clip_grad_norm_() before the step, or "
             f"use fully_shard (FSDP2) instead"
         )
+
+
+def is_flat_shard(param: Tensor) -> bool:
+    """Whether a parameter is a part of what FullyShardedDataParallel, the first FSDP, has flattened and cut up."""
+    return getattr(param, "_fsdp_flattened", False)
 
 
 def check_norm_group(group: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import launch
-from .grad_control import GradDecision, GradScalerInputs, move
+from .grad_control import GradDecision, GradNormOptions, GradScalerInputs, move
 from .hyperparams import Hyperparams, KernelScalars
 
 HYPER_WORDS = 10  # of each param group, as kernels/scalars.py reads them
@@ -55,18 +55,20 @@ class StepCounts:
         scaler: GradScalerInputs,
         *,
         decided: bool,
+        sums: Tensor | None,
+        options: GradNormOptions,
     ) -> None:
         """Count one update of every parameter that has a gradient, unless the step is skipped.
 
         Args:
             grads: int64 [n_params], addresses of the gradients, 0 where there is none.
             hyperparams: int64 [n_groups * HYPER_WORDS], of `packed_hyperparams`.
-            decision: what the step is subject to, if anything: `decided` already, or to be made from `scaler`.
+            decision: what the step is subject to, if anything: `decided` already, or to be made from the others.
             scaler: on the device.
+            sums: of `RankSums`, if there is to be decided by a norm over ranks; options: of it.
         """
-        launch.launch_scalars(
-            self._params, grads, hyperparams, self.scalars, self.scalars64, decision, scaler, decided=decided
-        )
+        where = self._params, grads, hyperparams, self.scalars, self.scalars64
+        launch.launch_scalars(*where, decision, scaler, decided=decided, sums=sums, options=options)
 
 
 def packed_hyperparams(

@@ -137,17 +137,9 @@ def _step_elements(
 
 
 @triton.jit
-def _load_scalars(scalars_ptr):
-    return (
-        tl.load(scalars_ptr + 0),
-        tl.load(scalars_ptr + 1),
-        tl.load(scalars_ptr + 2),
-        tl.load(scalars_ptr + 3),
-        tl.load(scalars_ptr + 4),
-        tl.load(scalars_ptr + 5),
-        tl.load(scalars_ptr + 6),
-        tl.load(scalars_ptr + 7),
-    )
+def _load_scalars(ptr):
+    first = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2), tl.load(ptr + 3)
+    return first + (tl.load(ptr + 4), tl.load(ptr + 5), tl.load(ptr + 6), tl.load(ptr + 7))
 
 
 @triton.jit
@@ -175,8 +167,7 @@ def _step_block(
     DTYPE: tl.constexpr = tl.float64 if IS_DOUBLE else tl.float32
     scalars = _load_scalars(scalars_ptr)
 
-    # Everything that multiplies a gradient is one factor, and absent when nothing does.
-    grad_factor = None
+    grad_factor = None  # one for everything that multiplies a gradient
     if control_ptr is not None:
         grad_factor = tl.load(control_ptr).to(DTYPE) * (-1.0 if MAXIMIZE else 1.0)
     elif MAXIMIZE:
@@ -336,7 +327,8 @@ def adamw_table_kernel(
     scalars_ptr  float32 or float64 [n_tensors, 8]
 
     There is a master if MASTER_DTYPE is not None, a scale for a moment of 8 bits, a stream unless ROUNDING is
-    "nearest", and what comes after it for parts. ALIGNED promises that every address is a multiple of 16 bytes. Other arguments as for adamw_kernel.
+    "nearest", and what comes after it for parts. ALIGNED promises that every address is a multiple of 16 bytes. Other
+    arguments as for adamw_kernel.
     """
     MASTER: tl.constexpr = 4 + (1 if AMSGRAD else 0)
     EXP_AVG_SCALE: tl.constexpr = MASTER + (0 if MASTER_DTYPE is None else 1)

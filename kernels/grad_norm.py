@@ -51,13 +51,9 @@ def _sum_of_squares(ptr, remaining, scale, DTYPE: tl.constexpr, BLOCK_SIZE: tl.c
 
 
 @triton.jit
-def write_control(
-    control_ptr, skipped_ptr, sum_of_squares, grad_scale_ptr, found_inf_ptr, max_grad_norm, skip_grad_norm_above
-):
-    """Write the factor and the flag (and the norm) to `control_ptr`, float64 [3]; return the flag.
-
-    Everything but the first may be None. A skipped step is counted in `skipped_ptr`, int64.
-    """
+def decide(sum_of_squares, grad_scale_ptr, found_inf_ptr, max_grad_norm, skip_grad_norm_above):
+    """Return the factor, the flag and the norm (None without `sum_of_squares`). Everything may be None."""
+    norm = None
     factor = tl.full((), 1.0, tl.float64)
     skip = tl.full((), False, tl.int1)
     if grad_scale_ptr is not None:
@@ -66,17 +62,23 @@ def write_control(
         skip = tl.load(found_inf_ptr) != 0.0
     if sum_of_squares is not None:
         norm = tl.sqrt(sum_of_squares) * factor
-        tl.store(control_ptr + 2, norm)
         if max_grad_norm is not None:
             factor = factor * tl.minimum(max_grad_norm / (norm + 1e-6), 1.0, propagate_nan=tl.PropagateNan.ALL)
         if skip_grad_norm_above is not None:
             fits = (norm <= skip_grad_norm_above) & (norm < float("inf"))
             skip = skip | (fits == 0)  # of a comparison with NaN too
+    return factor, skip, norm
+
+
+@triton.jit
+def write_control(control_ptr, skipped_ptr, factor, skip, norm):
+    """Write a decision to `control_ptr`, float64 [3]; a skipped step is counted in `skipped_ptr`, int64 or None."""
     tl.store(control_ptr, factor)
     tl.store(control_ptr + 1, skip.to(tl.float64))
+    if norm is not None:
+        tl.store(control_ptr + 2, norm)
     if skipped_ptr is not None:
         tl.store(skipped_ptr, tl.load(skipped_ptr) + skip.to(tl.int64))
-    return skip
 
 
 @triton.jit(do_not_specialize=["first", "n_partials"])
@@ -109,8 +111,9 @@ def grad_norm_kernel(
     partials_ptr  float64 [n_partials + 1] sums of squares, of all launches
     finished_ptr   int32                programs that have finished; 0 before and after
 
-    Other arguments are those of `write_control`, the last two only with CLIP and SKIP; without a control_ptr only the
-    sum of all squares is made, at partials_ptr[n_partials]. ALIGNED promises that addresses are multiples of 16 bytes.
+    Other arguments are those of `decide` and `write_control`, numbers only with CLIP and SKIP; without a control_ptr
+    only the sum of all squares is made, at partials_ptr[n_partials]. ALIGNED promises that addresses are multiples of
+    16 bytes.
     """
     IS_DOUBLE: tl.constexpr = GRAD_DTYPE == tl.float64
     DTYPE: tl.constexpr = tl.float64 if IS_DOUBLE else tl.float32
@@ -146,12 +149,11 @@ def grad_norm_kernel(
         if control_ptr is None:
             tl.store(partials_ptr + n_partials, total)
         else:
-            write_control(
-                control_ptr,
-                skipped_ptr,
+            factor, skip, norm = decide(
                 total,
                 grad_scale_ptr,
                 found_inf_ptr,
                 max_grad_norm if CLIP else None,
                 skip_grad_norm_above if SKIP else None,
             )
+            write_control(control_ptr, skipped_ptr, factor, skip, norm)

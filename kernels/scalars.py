@@ -6,7 +6,7 @@ Each parameter counts for itself, so that gradients may come and go and steps be
 import triton
 import triton.language as tl
 
-from .grad_norm import write_control
+from .grad_norm import decide, write_control
 
 HYPER_COLUMNS: tl.constexpr = tl.constexpr(10)
 
@@ -66,7 +66,12 @@ def scalars_kernel(
     skipped_ptr,
     grad_scale_ptr,
     found_inf_ptr,
+    sums_ptr,
+    max_grad_norm: tl.float64,
+    skip_grad_norm_above: tl.float64,
     DECIDED: tl.constexpr,
+    CLIP: tl.constexpr,
+    SKIP: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """Count the update of each parameter that has a gradient, and write its scalars; one lane for each parameter.
@@ -79,7 +84,8 @@ def scalars_kernel(
     scalars_ptr   float32 [n_params, 8]  written: see kernels/adamw.py
     scalars64_ptr float64 [n_params, 8]  written too, unless it is None
     control_ptr   float64 [2 or more]    factor and flag: read where it is DECIDED, else written; or None
-    other pointers                       of `write_control`
+    sums_ptr      float64 [2]            sum of squares of all ranks' gradients, number of ranks that refuse; or None
+    others                               of `decide` and `write_control`, the numbers only with CLIP and SKIP
 
     A step that is skipped counts nothing.
     """
@@ -103,10 +109,17 @@ def scalars_kernel(
         if DECIDED:
             skip = tl.load(control_ptr + 1) != 0.0
         else:
-            if found_inf_ptr is not None:
-                skip = tl.load(found_inf_ptr) != 0.0
+            factor, skip, norm = decide(
+                None if sums_ptr is None else tl.load(sums_ptr),
+                grad_scale_ptr,
+                found_inf_ptr,
+                max_grad_norm if CLIP else None,
+                skip_grad_norm_above if SKIP else None,
+            )
+            if sums_ptr is not None:
+                skip = skip | (tl.load(sums_ptr + 1) != 0.0)
             if tl.program_id(0) == 0:
-                write_control(control_ptr, skipped_ptr, None, grad_scale_ptr, found_inf_ptr, None, None)
+                write_control(control_ptr, skipped_ptr, factor, skip, norm)
 
     decay = 1.0 - lr * weight_decay / decay_lr
     lerp_weight = tl.where(beta1 > 0.5, 1.0 - beta1, 0.0 - beta1)

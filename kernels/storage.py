@@ -242,7 +242,7 @@ def _index_in_whole(index, start, rounding, UNIT: tl.constexpr):
         rounding: seed, stream, element_offset, row_size and row_stride: of a tensor that is a part of the parameter,
             elements of row_size lie in one piece, such pieces row_stride apart; in one piece all where row_size is 0.
     """
-    seed, stream, element_offset, row_size, row_stride = rounding
+    _, _, element_offset, row_size, row_stride = rounding
     first = (start + element_offset) // UNIT
     whole = first + index
     if row_size != 0:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..optimizer import AdamW
 from ..plan import Plan
+from ..rank_checks import is_flat_shard
 
 
 def register_gradient_release(model: nn.Module, optimizer: AdamW) -> GradientRelease:
@@ -24,7 +25,7 @@ def register_gradient_release(model: nn.Module, optimizer: AdamW) -> GradientRel
     Args:
         model: whose parameters, those of the optimizer at least, are in the backward passes to come.
         optimizer: an `AdamW`. With `skip_nonfinite` and `skip_grad_norm_above` each parameter is skipped on its own,
-            by the norm of its own gradient.
+            by the norm of its own gradient, on all ranks that have parts of it.
 
     Returns:
         A handle: `remove()` ends it, and `with handle.accumulate():` around a backward pass keeps gradients, which the
@@ -32,8 +33,9 @@ def register_gradient_release(model: nn.Module, optimizer: AdamW) -> GradientRel
 
     Raises:
         ValueError: what needs all gradients at once: max_grad_norm, GradScaler (fused=True), gradients that are
-            reduced after they are accumulated (DistributedDataParallel; its `.module` cannot be told from a model of
-            its own, and must not be given either); parameters that are not the model's; a second registration.
+            reduced after they are accumulated (FullyShardedDataParallel; DistributedDataParallel, whose `.module`
+            cannot be told from a model of its own, and must not be given either); parameters that are not the model's;
+            a second registration.
     """
     for wrong, what in (
         (optimizer.max_grad_norm is not None, _needs_all_gradients(optimizer)),
@@ -45,6 +47,11 @@ def register_gradient_release(model: nn.Module, optimizer: AdamW) -> GradientRel
         (
             isinstance(model, nn.parallel.DistributedDataParallel),
             "DistributedDataParallel reduces gradients after they are accumulated, when they are released already",
+        ),
+        (
+            any(map(is_flat_shard, model.parameters())),
+            "FullyShardedDataParallel reduces gradients after they are accumulated, into flat ones of its own; use "
+            "fully_shard (FSDP2) instead",
         ),
         (optimizer in _RELEASED, "this optimizer has gradient release already; remove() the handle first"),
     ):

@@ -16,7 +16,7 @@ from torch import nn
 from adamw_triton import AdamW, launch
 from adamw_triton.device_plan import GradNorms
 from adamw_triton.grad_control import GradDecision, GradNormOptions, GradScalerInputs, decide
-from adamw_triton.launch_group import GradLayout
+from adamw_triton.param_work import GradLayout
 
 
 @pytest.mark.parametrize("scale", [None, 4.0], ids=str)

@@ -1,4 +1,7 @@
-"""Tensors without memory of their own, as DTensors are: refused where a kernel would get their address, which is 0."""
+"""Tensors without memory of their own are refused, and DTensors where their parameter is none.
+
+A kernel would get their address, which is 0.
+"""
 
 import copy
 
@@ -16,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from adamw_triton import AdamW, adamw_
 
 SHAPE = (16, 130)  # several blocks
-MESSAGE = "memory of its own"
+MESSAGE = "memory of its own|DTensor"
 
 
 class Wrapper(torch.Tensor):
@@ -114,6 +117,7 @@ def assert_steps(optimizer, param):
     assert not torch.equal(before, param)
 
 
+@pytest.mark.parametrize("kind", sorted(MAKERS.keys() - {"DTensor"}), indirect=True)
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("first", [True, False], ids=["first of two", "second of two"])
 def test_parameters(kind, foreach, first, device, path):
@@ -143,7 +147,11 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
-@pytest.mark.parametrize("role", ["parameter", "gradient"])
+@pytest.mark.parametrize(
+    ("kind", "role"),
+    [(kind, role) for kind in MAKERS for role in ("parameter", "gradient") if (kind, role) != ("DTensor", "parameter")],
+    indirect=["kind"],
+)
 def test_with_every_option(kind, options, role, device, path):
     good = random_param(device)
     values = torch.randn(SHAPE, device=device)
