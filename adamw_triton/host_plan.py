@@ -12,7 +12,7 @@ from torch import Tensor
 from .functional import host_piece, is_skipped, step_joined_eager, step_tensor_eager
 from .grad_control import GradDecision, GradScalerInputs
 from .hyperparams import Hyperparams
-from .members import Members, take_back
+from .members import Members
 from .param_work import ParamWork
 from .storage import Formats, StateTensors, entry_names
 from .strides import flat, is_dense, real_view, strides_agree
@@ -27,6 +27,7 @@ class HostKey(NamedTuple):
     group: int
     is_fused: bool
     is_flat: bool
+    joined: bool
     formats: Formats
     entry_names: tuple[str | None, ...]
 
@@ -48,9 +49,10 @@ class HostKey(NamedTuple):
             is_flat
             and state.is_plain
             and not (formats.stochastic or group["cautious"] or statistics)
+            and not group["amsgrad"]  # torch's maximum drops a NaN
             and {layout.dtype, *like_param} == {param.dtype}
         )
-        return cls(work.turn, work.group, is_fused, is_flat, formats, names)
+        return cls(work.turn, work.group, is_fused, is_flat, group["foreach"] is not False, formats, names)
 
 
 class HostGroup:
@@ -73,7 +75,7 @@ class HostGroup:
         self._sums = sums
         rounds = key.formats.stochastic  # eight elements share random bits
         self._is_small = [
-            key.is_flat and sums is None and 0 < n <= _JOINED and not (rounds and n % 8)
+            key.is_flat and key.joined and sums is None and 0 < n <= _JOINED and not (rounds and n % 8)
             for n in (work.param.numel() for work in works)
         ]
 
@@ -85,54 +87,53 @@ class HostGroup:
     def step(self, members: Members, hyperparams: Hyperparams, decision: Tensor | None) -> None:
         """Step those that have gradients and count them; the step is not skipped."""
         params, grads, all_entries = members.params, members.grads, members.entries
-        with_grad = [i for i, grad in enumerate(grads) if grad is not None]
+        left = {i: grad for i, grad in enumerate(grads) if grad is not None}  # what is still to be stepped
         if self._sums is not None:
             self._sums.zero_()
-        states = {i: StateTensors.named(all_entries[i], self.key.entry_names) for i in with_grad}
-        counts = [all_entries[i]["step"] for i in with_grad]
+        states = {i: StateTensors.named(all_entries[i], self.key.entry_names) for i in left}
+        counts = {i: all_entries[i]["step"] for i in left}
         if counts:
-            torch._foreach_add_(counts, 1.0)
+            torch._foreach_add_(list(counts.values()), 1.0)
+        factor = None if decision is None or decision[0] == 1.0 else decision[0].item()
         try:
-            factor = None if decision is None or decision[0] == 1.0 else decision[0].item()
             # A gradient of 16 bits times a factor is not rounded to them again.
             if self.key.is_fused and (factor is None or self.key.formats.param.itemsize > 2):
-                tensors = [(params[i], grads[i], states[i], all_entries[i]["step"]) for i in with_grad]
-                self._step_fused(tensors, hyperparams, factor)
-                with_grad = []
+                self._step_fused(
+                    [(params[i], grad, states[i], counts[i]) for i, grad in left.items()], hyperparams, factor
+                )
+                left = {}
             by_count: dict[float, list[int]] = defaultdict(list)
-            for i, count in zip(with_grad, counts, strict=False):
-                by_count[count.item()].append(i)
+            for i in left:
+                by_count[counts[i].item()].append(i)
             for count, its_members in by_count.items():
                 small = [i for i in its_members if self._is_small[i]]
                 for joined in _at_most(small, [params[i].numel() for i in small], host_piece()):
                     some = [(params[i], grads[i], states[i], self._noise_keys[i]) for i in joined]
                     step_joined_eager(some, hyperparams, count, decision=decision, **self._how)
+                    for i in joined:
+                        del left[i]
                 for i in its_members:
                     if not self._is_small[i]:
                         self._step_one(i, params[i], grads[i], states[i], hyperparams, count, decision)
+                        del left[i]
         except BaseException:
-            take_back([None if i not in states else grads[i] for i in range(len(grads))], all_entries, None)
+            for i in left:
+                counts[i].sub_(1.0)
             raise
 
     def _step_fused(self, tensors: Sequence[tuple[Any, ...]], hyperparams: Hyperparams, factor: float | None) -> None:
         lr, beta1, beta2, eps, weight_decay, decay_lr = hyperparams.numbers()
-        amsgrad = self.key.entry_names[2] is not None
         options: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
-        options |= {"weight_decay": weight_decay / decay_lr, "amsgrad": amsgrad, "maximize": self._how["maximize"]}
+        options |= {"weight_decay": weight_decay / decay_lr, "amsgrad": False, "maximize": self._how["maximize"]}
         # torch's would write what it makes of gradients with a factor to these.
-        rows = _pieces(tensors) if factor is not None else ((p, g, *s[:3], n) for p, g, s, n in tensors if p.numel())
-        lists = [list(column) for column in zip(*rows, strict=True)]
-        if not lists:
+        if factor is not None:
+            for param, grad, exp_avg, exp_avg_sq, count in _pieces(tensors):
+                torch._fused_adamw_([param], [grad * factor], [exp_avg], [exp_avg_sq], [], [count], **options)
             return
-        params, grads, exp_avgs, exp_avg_sqs, largest, counts = lists
-        if factor is None:
-            torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, largest if amsgrad else [], counts, **options)
-            return
-        for i, grad in enumerate(grads):
-            torch._fused_adamw_(
-                [params[i]], [grad * factor], [exp_avgs[i]], [exp_avg_sqs[i]], [largest[i]] if amsgrad else [],
-                [counts[i]], **options,
-            )  # fmt: skip
+        rows = [(param, grad, state[0], state[1], count) for param, grad, state, count in tensors if param.numel()]
+        if rows:
+            params, grads, exp_avgs, exp_avg_sqs, counts = map(list, zip(*rows, strict=True))
+            torch._fused_adamw_(params, grads, exp_avgs, exp_avg_sqs, [], counts, **options)
 
     def _step_one(
         self,
@@ -245,11 +246,10 @@ def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _pieces(tensors: Sequence[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """Yield a parameter's tensors in such pieces: parameter, gradient, moments, maximum, count."""
+    """Yield parameters in such pieces: parameter, gradient, moments, count."""
     for param, grad, state, count in tensors:
-        columns = [None if t is None else list(_flat_pieces(t)) for t in (param, grad, *state[:3])]
-        for i in range(len(columns[0] or ())):
-            yield (*(None if column is None else column[i] for column in columns), count)
+        for piece in zip(*map(_flat_pieces, (param, grad, state[0], state[1])), strict=True):
+            yield (*piece, count)
 
 
 def _at_most(indices: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator[list[int]]:

@@ -13,10 +13,14 @@ SHAPES = [(3, 5), (1100,), (2, 700), (7,)]
 LR = 3e-2  # large enough to move every bfloat16 parameter
 
 
-def make_params(device, dtypes=(torch.float32,)):
+# Parameters that are joined on the CPU get the same bits alone where they fill whole vectors.
+WHOLE_VECTORS = [(4, 16), (1088,), (2, 704), (64,)]
+
+
+def make_params(device, dtypes=(torch.float32,), shapes=SHAPES):
     return [
         nn.Parameter(torch.randn(shape, device=device).to(dtype))
-        for shape, dtype in zip(SHAPES, dtypes * len(SHAPES), strict=False)
+        for shape, dtype in zip(shapes, dtypes * len(shapes), strict=False)
     ]
 
 
@@ -147,6 +151,8 @@ def make_twin(optimizer, params):
         foreach=group["foreach"],
         max_grad_norm=optimizer.max_grad_norm,
         skip_nonfinite=optimizer.skip_nonfinite,
+        statistics=optimizer.statistics,
+        cautious=optimizer.group_options[0]["cautious"],
     )
     if optimizer.state:
         twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -200,7 +206,8 @@ def check_failing_step(optimizer, params, monkeypatch, module, name, number, n_u
 @pytest.mark.parametrize("number", [1, 2, 4])
 def test_one_launch_for_each(number, n_steps_before, control, device, path, monkeypatch):
     params = make_params(device)
-    optimizer = AdamW(params, lr=LR, foreach=False, **control)
+    # On the CPU parameters are stepped one by one where statistics are wanted.
+    optimizer = AdamW(params, lr=LR, foreach=False, statistics=path == "reference", **control)
     for _ in range(n_steps_before):
         give_gradients(params)
         optimizer.step()
@@ -212,8 +219,8 @@ def test_one_launch_for_each(number, n_steps_before, control, device, path, monk
 @pytest.mark.parametrize("n_steps_before", [0, 2])
 @pytest.mark.parametrize("number", [1, 2])
 def test_one_launch_for_each_dtype(number, n_steps_before, control, device, path, monkeypatch):
-    params = make_params(device, MIXED)
-    optimizer = AdamW(params, lr=LR, foreach=True, **control)
+    params = make_params(device, MIXED, SHAPES if path == "kernel" else WHOLE_VECTORS)
+    optimizer = AdamW(params, lr=LR, foreach=True, cautious=path == "reference", **control)
     for _ in range(n_steps_before):
         give_gradients(params)
         optimizer.step()
@@ -221,7 +228,20 @@ def test_one_launch_for_each_dtype(number, n_steps_before, control, device, path
         n_updated = (number - 1) * sum(p.dtype == torch.float32 for p in params)
         check_failing_step(optimizer, params, monkeypatch, launch, "launch_table", number, n_updated)
     else:
-        check_failing_step(optimizer, params, monkeypatch, reference, "adamw_", number + 1, n_updated=number)
+        n_updated = (number - 1) * sum(p.dtype == torch.float32 for p in params)  # in one piece
+        check_failing_step(optimizer, params, monkeypatch, reference, "adamw_", number, n_updated)
+
+
+@pytest.mark.parametrize("control", CONTROLS, ids=str)
+@pytest.mark.parametrize("n_steps_before", [0, 2])
+def test_torchs_step_on_the_cpu(n_steps_before, control, monkeypatch):
+    monkeypatch.setattr(launch, "has_kernels", lambda device: False)
+    params = make_params(torch.device("cpu"))
+    optimizer = AdamW(params, lr=LR, **control)
+    for _ in range(n_steps_before):
+        give_gradients(params)
+        optimizer.step()
+    check_failing_step(optimizer, params, monkeypatch, torch, "_fused_adamw_", 1, n_updated=0)
 
 
 @pytest.mark.parametrize("n_steps_before", [0, 2])
@@ -258,7 +278,7 @@ def test_a_failure_around_skipped_steps(foreach, control, device, path, monkeypa
     optimizer.step()
     assert [count_of(optimizer, p) for p in params] == [1.0] * len(params)
     if path == "reference":
-        module, name = reference, "adamw_"
+        module, name = torch, "_fused_adamw_"
     else:
         module, name = launch, "launch_tensor" if foreach is False else "launch_table"
     check_failing_step(optimizer, params, monkeypatch, module, name, 1, n_updated=0)
