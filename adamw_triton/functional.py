@@ -30,7 +30,7 @@ def step_tensor(
     noise_key: NoiseKey | None = None,
 ) -> None:
     """Launch the kernel for one checked parameter of any layout; a complex one is a pair of real numbers."""
-    with _flat_views(param, grad, state) as (work, work_grad, work_state):
+    with flat_views(param, grad, state) as (work, work_grad, work_state):
         launch.launch_tensor(
             work,
             work_grad,
@@ -71,7 +71,7 @@ def step_tensor_eager(
         reference.adamw_(real_view(param), real_view(grad.resolve_conj()), state.map(real_view), **options)
         return
     # Groups of elements and random bits are counted in the order of memory.
-    with _flat_views(param, grad, state) as (work, work_grad, work_state):
+    with flat_views(param, grad, state) as (work, work_grad, work_state):
         tensors = flat(work), flat(work_grad), work_state.map(flat)
         if _is_large(param):
             _step_in_pieces(*tensors, **options)
@@ -145,7 +145,7 @@ def is_skipped(decision: Tensor) -> bool:
 
 
 @contextmanager
-def _flat_views(param: Tensor, grad: Tensor, state: StateTensors) -> Iterator[tuple[Tensor, Tensor, StateTensors]]:
+def flat_views(param: Tensor, grad: Tensor, state: StateTensors) -> Iterator[tuple[Tensor, Tensor, StateTensors]]:
     """Yield real tensors that can be walked through memory side by side.
 
     What has gaps, or another order than the parameter, takes part as a copy, and is written back at the end.

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .functional import host_piece, is_skipped, step_joined_eager, step_tensor_eager
+from .functional import flat_views, host_piece, is_skipped, step_joined_eager, step_tensor_eager
 from .grad_control import GradDecision, GradScalerInputs
 from .hyperparams import Hyperparams
 from .members import Members
@@ -46,8 +46,7 @@ class HostKey(NamedTuple):
         )
         like_param = [tensor.dtype for tensor in state.present]
         is_fused = (
-            is_flat
-            and state.is_plain
+            state.is_plain
             and not (formats.stochastic or group["cautious"] or statistics)
             and not group["amsgrad"]  # torch's maximum drops a NaN
             and {layout.dtype, *like_param} == {param.dtype}
@@ -125,7 +124,16 @@ class HostGroup:
         lr, beta1, beta2, eps, weight_decay, decay_lr = hyperparams.numbers()
         options: dict[str, Any] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
         options |= {"weight_decay": weight_decay / decay_lr, "amsgrad": False, "maximize": self._how["maximize"]}
-        # torch's would write what it makes of gradients with a factor to these.
+        if not self.key.is_flat:
+            for param, grad, state, count in tensors:
+                with flat_views(param, grad, state) as (work, work_grad, work_state):
+                    self._call_fused([(flat(work), flat(work_grad), work_state.map(flat), count)], options, factor)
+            return
+        self._call_fused(tensors, options, factor)
+
+    @staticmethod
+    def _call_fused(tensors: Sequence[tuple[Any, ...]], options: Mapping[str, Any], factor: float | None) -> None:
+        # Torch's would write what it makes of gradients with a factor to these.
         if factor is not None:
             for param, grad, exp_avg, exp_avg_sq, count in _pieces(tensors):
                 torch._fused_adamw_([param], [grad * factor], [exp_avg], [exp_avg_sq], [], [count], **options)
@@ -233,10 +241,8 @@ class HostPlan:
             return
         for group in self.groups:
             group.step(members.part(group.span), self._hyperparams[group.key.group], values)
-        if members.listed is not members.params:  # autograd sees what torch writes, but to the local tensor
-            written = members.written(len(members.params))
-            locals_ = {id(param) for param in members.params}
-            torch.autograd.graph.increment_version([param for param in written if id(param) not in locals_])
+        # Autograd does not see what torch's fused step writes, nor what is written to a local tensor.
+        torch.autograd.graph.increment_version(members.written(len(members.params)))
 
 
 def _flat_pieces(tensor: Tensor) -> Iterator[Tensor]:
