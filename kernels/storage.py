@@ -225,7 +225,10 @@ def store_exp_avg_sq(ptr, scale_ptr, offsets, value, root, noise, mask, remainin
 @triton.jit
 def _rows_before(index, start, row_size, UNIT: tl.constexpr):
     """The row of row_size elements in which each is that lies index * UNIT after element `start`, both in UNITs."""
-    first_row = start // row_size
+    if UNIT == 8:  # a rank has less than 2^35 elements; 64 bits are divided by a function that is called
+        first_row = ((start // UNIT).to(tl.uint32) // (row_size // UNIT).to(tl.uint32)).to(tl.int64)
+    else:
+        first_row = start // row_size
     in_first_row = tl.minimum(((first_row + 1) * row_size - start) // UNIT, 1 << 30).to(tl.int32)
     beyond = tl.maximum(index - in_first_row, -1)
     size = tl.minimum(row_size // UNIT, 1 << 30).to(tl.int32)

@@ -104,6 +104,23 @@ def test_stochastic_rounding_costs_at_most(examined):
         assert codes[variant].instructions_per_element - codes[plain].instructions_per_element <= most[variant]
 
 
+PARTS = ["bf16-master24-8bit-stochastic", "bf16-stochastic", "fp32-8bit-stochastic"]
+
+
+def test_bits_of_parts_cost_little(examined):
+    """Of a shard, whose elements are not those from the parameter's first on; most is for rows that are cut."""
+    wholes = [Variant.of("sm_90", kernel, BY_NAME[name]) for kernel in KERNELS for name in PARTS]
+    parts = {variant: replace(variant, part=True) for variant in wholes}
+    codes = examined([*parts, *parts.values()])
+    for whole, part in parts.items():
+        assert codes[part].spills == codes[part].calls == 0
+        # A thread of 16 elements makes the indices of two eighths, one of 4 that of half an eighth.
+        more = codes[part].instructions_per_element - codes[whole].instructions_per_element
+        assert 0 < more <= 130 / codes[part].elements
+        if whole.master is not None:
+            assert codes[part].registers <= 128, "four programs on a multiprocessor"
+
+
 # Run where kernels are not interpreted. Compiled kernels are distinct objects if their specialisations differ.
 LAUNCHES = """
 import torch
