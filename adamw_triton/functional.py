@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -67,16 +68,23 @@ def step_tensor_eager(
         "noise_key": noise_key,
         **dict(zip(hyperparams._fields, hyperparams.numbers(), strict=True)),
     }
-    if state.is_plain and noise_key is None and not _is_large(param):
+    on_cpu = param.device.type == "cpu" and not is_simulated(param)
+    options["fused"] = on_cpu and _can_be_fused(state, cautious)
+    is_torchs = state.is_plain and noise_key is None and {grad.dtype, *state.dtypes} == {param.dtype}
+    if state.is_plain and noise_key is None and not options["fused"] and not (on_cpu and param.numel() > host_piece()):
         reference.adamw_(real_view(param), real_view(grad.resolve_conj()), state.map(real_view), **options)
         return
     # Groups of elements and random bits are counted in the order of memory.
     with flat_views(param, grad, state) as (work, work_grad, work_state):
         tensors = flat(work), flat(work_grad), work_state.map(flat)
-        if _is_large(param):
-            _step_in_pieces(*tensors, **options)
+        if on_cpu:
+            _step_in_pieces(*tensors, pad=not is_torchs, **options)
         else:
             reference.adamw_(*tensors, **options)
+
+
+def _can_be_fused(state: StateTensors, cautious: bool) -> bool:
+    return state.max_exp_avg_sq is None and not cautious
 
 
 def host_piece() -> int:
@@ -84,21 +92,31 @@ def host_piece() -> int:
     return 2**15 * max(2, torch.get_num_threads())
 
 
-def _is_large(param: Tensor) -> bool:
-    return param.device.type == "cpu" and not is_simulated(param) and param.numel() > host_piece()
+_VECTOR = 64  # a multiple of how many elements one instruction of a CPU takes
 
 
 def _step_in_pieces(
-    param: Tensor, grad: Tensor, state: StateTensors, *, statistics: Tensor | None, **options: Any
+    param: Tensor, grad: Tensor, state: StateTensors, *, pad: bool, statistics: Tensor | None, **options: Any
 ) -> None:
-    """Take a step of flat tensors on the CPU piece by piece."""
-    size = host_piece()
+    """Take a step of flat tensors on the CPU piece by piece.
+
+    Args:
+        pad: whether to fill up the last vector of elements. An element then has the same bits wherever it is: what is
+            left over of vectors is rounded otherwise, by torch's fused step too.
+    """
+    n, size = param.numel(), host_piece()
+    whole = n - n % _VECTOR if pad else n
     total = None if statistics is None else torch.zeros_like(statistics)
-    for start in range(0, param.numel(), size):
-        part, of_scales = slice(start, start + size), slice(start // GROUP_SIZE, (start + size) // GROUP_SIZE)
-        scales = (None if scale is None else scale[of_scales] for scale in state[4:])
+    bounds = sorted({*range(0, whole, size), whole, n})
+    for start, stop in pairwise(bounds):
+        part, of_scales = slice(start, stop), slice(start // GROUP_SIZE, -(-stop // GROUP_SIZE))
+        scales = [None if scale is None else scale[of_scales] for scale in state[4:]]
         piece = StateTensors(*(None if t is None else t[part] for t in state[:4]), *scales)  # type: ignore[arg-type]
-        reference.adamw_(param[part], grad[part], piece, statistics=statistics, first_element=start, **options)
+        how = {**options, "statistics": statistics, "first_element": start}
+        if start < whole:
+            reference.adamw_(param[part], grad[part], piece, **how)
+        else:
+            _step_joined([(param[part], grad[part], piece)], **how)
         if total is not None and statistics is not None:
             total += statistics
     if total is not None and statistics is not None:
@@ -106,7 +124,8 @@ def _step_in_pieces(
 
 
 def step_joined_eager(
-    tensors: Sequence[tuple[Tensor, Any, StateTensors, NoiseKey | None]],
+    tensors: Sequence[tuple[Tensor, Any, StateTensors]],
+    noise_keys: Sequence[NoiseKey | None],
     hyperparams: Hyperparams,
     step: float,
     *,
@@ -114,29 +133,36 @@ def step_joined_eager(
     cautious: bool,
     decision: Tensor | None,
 ) -> None:
-    """Take update number `step` of several small parameters at once, in copies that are joined, and write these back.
+    """Take update number `step` of several small parameters on the CPU at once.
 
     Args:
-        tensors: parameter, gradient and state, dense and of the same strides, real and of the same formats; and the key
-            of stochastic rounding, of all or of none.
+        tensors: parameter, gradient and state, dense and of the same strides, real and of the same formats.
+        noise_keys: of stochastic rounding, all or none.
     """
-    columns = [
-        [flat(t) for t in column] for column in zip(*((p, g, *s.present) for p, g, s, _ in tensors), strict=True)
-    ]
-    joined = [torch.cat(column) for column in columns]
-    of_state = iter(joined[2:])
-    keys = [key for *_, key in tensors if key is not None]
+    keys = [key for key in noise_keys if key is not None]
+    sizes = [param.numel() for param, *_ in tensors]
     options: dict[str, Any] = {
         "step": step,
         "maximize": maximize,
         "cautious": cautious,
+        "fused": _can_be_fused(tensors[0][2], cautious),
         "grad_factor": None if decision is None else decision[0],
-        "noise_key": JoinedKeys(keys, [param.numel() for param, *_ in tensors]) if keys else None,
+        "noise_key": JoinedKeys(keys, sizes) if keys else None,
         **dict(zip(hyperparams._fields, hyperparams.numbers(), strict=True)),
     }
+    _step_joined([(flat(param), flat(grad), state.map(flat)) for param, grad, state in tensors], **options)
+
+
+def _step_joined(tensors: Sequence[tuple[Tensor, Tensor, StateTensors]], **options: Any) -> None:
+    """Step flat tensors in copies that are joined, and filled up to whole vectors; and write these back."""
+    columns = list(zip(*((param, grad, *state.present) for param, grad, state in tensors), strict=True))
+    n = sum(param.numel() for param, *_ in tensors)
+    joined = [torch.cat([*column, column[0].new_zeros(-n % _VECTOR)]) for column in columns]
+    of_state = iter(joined[2:])
     reference.adamw_(joined[0], joined[1], tensors[0][2].map(lambda _: next(of_state)), **options)
     for values, column in zip((joined[0], *joined[2:]), (columns[0], *columns[2:]), strict=True):
-        torch._foreach_copy_(column, list(values.split([t.numel() for t in column])))
+        sizes = [tensor.numel() for tensor in column]
+        torch._foreach_copy_(list(column), list(values[: sum(sizes)].split(sizes)))
 
 
 def is_skipped(decision: Tensor) -> bool:

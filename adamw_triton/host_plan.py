@@ -27,7 +27,7 @@ class HostKey(NamedTuple):
     group: int
     is_fused: bool
     is_flat: bool
-    joined: bool
+    joins: bool
     formats: Formats
     entry_names: tuple[str | None, ...]
 
@@ -44,14 +44,12 @@ class HostKey(NamedTuple):
             and not param.is_complex()
             and not layout.is_neg
         )
-        like_param = [tensor.dtype for tensor in state.present]
+        is_torchs = state.is_plain and {layout.dtype, *state.dtypes} == {param.dtype} and not formats.stochastic
         is_fused = (
-            state.is_plain
-            and not (formats.stochastic or group["cautious"] or statistics)
-            and not group["amsgrad"]  # torch's maximum drops a NaN
-            and {layout.dtype, *like_param} == {param.dtype}
+            is_torchs and not (group["cautious"] or statistics) and not group["amsgrad"]  # torch's maximum drops a NaN
         )
-        return cls(work.turn, work.group, is_fused, is_flat, group["foreach"] is not False, formats, names)
+        joins = is_flat and group["foreach"] is not False and not is_torchs  # whose bits are to be torch's
+        return cls(work.turn, work.group, is_fused, is_flat, joins, formats, names)
 
 
 class HostGroup:
@@ -74,7 +72,7 @@ class HostGroup:
         self._sums = sums
         rounds = key.formats.stochastic  # eight elements share random bits
         self._is_small = [
-            key.is_flat and key.joined and sums is None and 0 < n <= _JOINED and not (rounds and n % 8)
+            key.joins and sums is None and 0 < n <= _JOINED and not (rounds and n % 8)
             for n in (work.param.numel() for work in works)
         ]
 
@@ -107,8 +105,9 @@ class HostGroup:
             for count, its_members in by_count.items():
                 small = [i for i in its_members if self._is_small[i]]
                 for joined in _at_most(small, [params[i].numel() for i in small], host_piece()):
-                    some = [(params[i], grads[i], states[i], self._noise_keys[i]) for i in joined]
-                    step_joined_eager(some, hyperparams, count, decision=decision, **self._how)
+                    some = [(params[i], grads[i], states[i]) for i in joined]
+                    keys = [self._noise_keys[i] for i in joined]
+                    step_joined_eager(some, keys, hyperparams, count, decision=decision, **self._how)
                     for i in joined:
                         del left[i]
                 for i in its_members:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ def adamw_(
     grad_factor: Tensor | None = None,
     noise_key: NoiseKey | JoinedKeys | None = None,
     first_element: int = 0,
+    fused: bool = False,
     statistics: Tensor | None = None,
 ) -> None:
     """Update number `step` (1 is the first) of one real parameter and its state, in place.
@@ -44,6 +46,8 @@ def adamw_(
         grad_factor: 0-d tensor that the gradient is multiplied by.
         noise_key: of stochastic rounding, where it is given.
         first_element: index of the first element of param in the tensor that the key is of.
+        fused: take torch's fused CPU step for the formula, whose last bits are others; not for the gaps in strided
+            tensors, a maximum (of which it drops a NaN) and cautious decay.
         statistics: two elements, set to the sums of squares of the parameter's change and of the new parameter, before
             they are rounded.
     """
@@ -54,7 +58,6 @@ def adamw_(
         _load("exp_avg_sq", state).to(dtype),
     )
     largest = None if state.max_exp_avg_sq is None else state.max_exp_avg_sq.to(dtype)
-    second_moment = v
     g = grad.to(dtype)
     if grad_factor is not None:
         g = g * grad_factor.to(dtype)
@@ -62,20 +65,11 @@ def adamw_(
         g = -g
 
     old = None if statistics is None else p.clone()
-    decay = 1 - lr * weight_decay / decay_lr
-    if weight_decay != 0 and not cautious:
-        p.mul_(decay)
-    m.lerp_(g, 1 - beta1)
-    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-    if largest is not None:
-        second_moment = torch.maximum(largest, v, out=largest)
-    bias_correction1 = 1 - beta1**step
-    bias_correction2 = 1 - beta2**step
-    denominator = (second_moment.sqrt() / bias_correction2**0.5).add_(eps)
-    if cautious:
-        # In the arithmetic's dtype: where() of two numbers would make the default one.
-        p.mul_(torch.where(m / denominator * p >= 0, torch.full_like(p, decay), 1.0))
-    p.addcdiv_(m, denominator, value=-lr / bias_correction1)
+    numbers = lr, beta1, beta2, eps, weight_decay / decay_lr
+    if fused:
+        _fused_update(p, g, m, v, step, *numbers)
+    else:
+        _update(p, g, m, v, largest, step, *numbers, cautious=cautious)
     if statistics is not None and old is not None:
         statistics.copy_(torch.stack([value.double().square().sum() for value in (p - old, p)]))
 
@@ -87,6 +81,54 @@ def adamw_(
     _store("exp_avg_sq", state, v, of_exp_avg_sq)
     if state.max_exp_avg_sq is not None and largest is not None:
         _write(state.max_exp_avg_sq, largest, of_exp_avg_sq)
+
+
+def _update(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    largest: Tensor | None,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    *,
+    cautious: bool,
+) -> None:
+    decay = 1 - lr * weight_decay
+    if weight_decay != 0 and not cautious:
+        p.mul_(decay)
+    m.lerp_(g, 1 - beta1)
+    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    second_moment = v if largest is None else torch.maximum(largest, v, out=largest)
+    bias_correction1 = 1 - beta1**step
+    bias_correction2 = 1 - beta2**step
+    denominator = (second_moment.sqrt() / bias_correction2**0.5).add_(eps)
+    if cautious:
+        # In the arithmetic's dtype: where() of two numbers would make the default one.
+        p.mul_(torch.where(m / denominator * p >= 0, torch.full_like(p, decay), 1.0))
+    p.addcdiv_(m, denominator, value=-lr / bias_correction1)
+
+
+def _fused_update(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    count = torch.tensor(float(step), dtype=torch.float32, device="cpu")
+    betas: dict[str, Any] = {"beta1": beta1, "beta2": beta2}
+    options = {**betas, "lr": lr, "weight_decay": weight_decay, "eps": eps, "amsgrad": False, "maximize": False}
+    torch._fused_adamw_([p], [g], [m], [v], [], [count], **options)
 
 
 def _noise(

@@ -46,6 +46,10 @@ class StateTensors(NamedTuple):
         return StateTensors(*(None if tensor is None else function(tensor) for tensor in self))  # type: ignore[arg-type]
 
     @property
+    def dtypes(self) -> set[torch.dtype]:
+        return {tensor.dtype for tensor in self.present}
+
+    @property
     def is_plain(self) -> bool:
         """Whether there is nothing but floating-point moments."""
         return self.master is None and self.exp_avg_scale is None and self.exp_avg_sq_scale is None

@@ -44,7 +44,7 @@ class NoiseKey(NamedTuple):
             index = index + index // self.row_size * (self.row_stride - self.row_size)
         return index + self.element_offset
 
-    def param_indices(self, device: torch.device) -> Tensor:
+    def param_indices(self, n_elements: int, device: torch.device) -> Tensor:
         """Return the parameter's number, in a form that goes with `indices`."""
         return torch.tensor(self.param_index, dtype=torch.int64, device=device)
 
@@ -60,13 +60,17 @@ class JoinedKeys(NamedTuple):
         return self.keys[0].seed
 
     def indices(self, n_elements: int, device: torch.device, first: int = 0) -> Tensor:
-        """Return the index of each element in its own parameter, int64; always of all elements."""
-        return torch.cat([key.indices(size, device) for key, size in zip(self.keys, self.sizes, strict=True)])
+        """Return the index of each element in its own parameter, int64; of what fills up the last vector anything."""
+        sizes = self._sizes(n_elements)
+        return torch.cat([key.indices(size, device) for key, size in zip(self.keys, sizes, strict=True)])
 
-    def param_indices(self, device: torch.device) -> Tensor:
-        """Return the number of each element's parameter."""
+    def param_indices(self, n_elements: int, device: torch.device) -> Tensor:
+        """Return the number of each element's parameter, int64."""
         numbers = torch.tensor([key.param_index for key in self.keys], dtype=torch.int64, device=device)
-        return numbers.repeat_interleave(torch.tensor(self.sizes, device=device))
+        return numbers.repeat_interleave(torch.tensor(self._sizes(n_elements), device=device))
+
+    def _sizes(self, n_elements: int) -> list[int]:
+        return [*self.sizes[:-1], n_elements - sum(self.sizes[:-1])]
 
 
 def round_to_bfloat16(value: Tensor, noise: Tensor) -> Tensor:
@@ -87,7 +91,7 @@ def noise(
         first: index of the first of these elements in the tensor that the key is of.
     """
     index = key.indices(n_elements, device, first)
-    words = torch.stack(_philox(key.seed, index >> 3, step, key.param_indices(device)))
+    words = torch.stack(_philox(key.seed, index >> 3, step, key.param_indices(n_elements, device)))
     if param is not None:
         padded = torch.zeros(-(-n_elements // 8) * 8, dtype=torch.float32, device=device)
         padded[:n_elements] = param * 0.0
