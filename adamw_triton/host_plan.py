@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -190,8 +191,8 @@ class HostPlan:
         self.order = [i for _, its_works in in_turn for i in its_works]
         self._classes = [works[i].norm_class for i in self.order]
         self._n_classes = n_classes
-        self._sums = torch.zeros(len(works), 2, dtype=torch.float64, device=self.device) if statistics else None
-        self._has_stepped = False
+        nothing = torch.full((len(works), 2), math.nan, dtype=torch.float64, device=self.device)
+        self._sums = nothing if statistics else None
         self.groups: list[HostGroup] = []
         start = 0
         for key, its_works in in_turn:
