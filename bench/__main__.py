@@ -13,6 +13,8 @@ COMMANDS = {
     "arithmetic": "error of the kernel's square root and division, by emulation",
     "accuracy": "what storage costs in accuracy: training curves, errors of the update, gradients hard to store",
     "host": "time of step() on the host, for 10 to 10,000 tensors",
+    "dist": "time of step() on the host, on parameters sharded by FSDP2",
+    "cpu": "time of a step of parameters on the CPU, as offloading trainers take it",
     "throughput": "bytes per second of one tensor's step, next to copies of as many bytes (GPU)",
     "models": "one step on the parameter lists of real models, ours and every peer's (GPU)",
     "tune": "a sweep of block sizes, warps and cache hints, which checks the fixed configurations (GPU)",

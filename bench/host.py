@@ -103,10 +103,35 @@ def launches(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
-            for name in ("launch_tensor", "launch_table", "launch_scalars", "launch_norms"):
+            for name in [name for name in vars(launch) if name.startswith("launch_")]:
                 stack.enter_context(mock.patch.object(launch, name, lambda *args, **options: None))
             stack.enter_context(mock.patch.object(launch, "has_kernels", lambda device: True))
         yield
+
+
+class CountedKernel:
+    """A kernel whose launches are counted; without a GPU they do nothing else."""
+
+    def __init__(self, name: str, count: list[str], device: torch.device) -> None:
+        self.name = name
+        self.count = count
+        self.kernel = getattr(launch, name) if device.type == "cuda" else None
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        self.count.append(self.name)
+        return (lambda *args, **options: None) if self.kernel is None else self.kernel[grid]
+
+
+@contextmanager
+def counted_launches(device: torch.device) -> Iterator[list[str]]:
+    """Yield a list of the names of kernels launched from now on, by ours, as the step itself calls them."""
+    count: list[str] = []
+    with ExitStack() as stack:
+        for name in [name for name in vars(launch) if name.endswith("_kernel")]:
+            stack.enter_context(mock.patch.object(launch, name, CountedKernel(name, count, device)))
+        if device.type != "cuda":
+            stack.enter_context(mock.patch.object(launch, "has_kernels", lambda device: True))
+        yield count
 
 
 def sample(taking_turns: dict[str, Provider], device: torch.device, seconds: float) -> dict[str, list[float]]:
@@ -134,6 +159,18 @@ def sample(taking_turns: dict[str, Provider], device: torch.device, seconds: flo
     return samples
 
 
+def compared(taking_turns: dict[str, Provider], samples: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """Of each provider the spread of its times, and how many times longer what it is compared with takes."""
+    times = {name: records.spread(values) for name, values in samples.items()}
+    return {
+        name: {
+            "host_us": spread,
+            "times_torch_fused": times[taking_turns[name].against]["median"] / spread["median"],
+        }
+        for name, spread in times.items()
+    }
+
+
 def measure(options: Namespace) -> list[Record]:
     """One record for each number of tensors and provider, and the growth per tensor of each provider."""
     found: list[Record] = []
@@ -142,19 +179,17 @@ def measure(options: Namespace) -> list[Record]:
         with launches(options.device):
             taking_turns = providers(count, options.device)
             samples = sample(taking_turns, options.device, options.seconds)
-        times = {name: records.spread(values) for name, values in samples.items()}
-        for name, spread in times.items():
-            medians[name, count] = spread["median"]
-            ratio = times[taking_turns[name].against]["median"] / spread["median"]
+        for name, quantities in compared(taking_turns, samples).items():
+            medians[name, count] = quantities["host_us"]["median"]
             found.append(
                 {
                     "command": "host",
                     "case": f"{count} tensors",
                     "provider": name,
                     "tensors": count,
-                    "host_us": spread,
-                    "host_us_per_tensor": spread["median"] / count,
-                    "times_torch_fused": ratio,
+                    "host_us": quantities["host_us"],
+                    "host_us_per_tensor": quantities["host_us"]["median"] / count,
+                    "times_torch_fused": quantities["times_torch_fused"],
                 }
             )
     few, many = GROWTH

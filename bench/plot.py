@@ -17,9 +17,9 @@ from .records import Record
 
 DESCRIPTION = """\
 Draw what a result (python -m bench suite, or --json of another command) holds: GB/s against the roofs, wall time per
-model, host time against the number of tensors, bytes per parameter, and of python -m bench accuracy --json the loss
-curves and the errors of the update. Nothing is measured again; a plot for which the result has no records is named
-and left out."""
+model, host time against the number of tensors and on shards, bytes per parameter, and of python -m bench accuracy
+--json the loss curves and the errors of the update. Nothing is measured again; a plot for which the result has no
+records is named and left out."""
 OURS = ("#c1272d", "#e8866f", "#f4b9a7")
 OTHERS = ("#0000a7", "#008176", "#eecc16", "#8a8a8a", "#6a3d9a", "#b15928", "#1f9ed1")
 
@@ -109,6 +109,18 @@ def draw_host(axes: Axes, found: list[Record]) -> bool:
     return True
 
 
+def draw_dist(axes: Axes, found: list[Record]) -> bool:
+    found = [r for r in found if r["command"] == "dist"]
+    if not found:
+        return False
+    grouped_bars(axes, found, "host_us")
+    axes.set_yscale("log")
+    axes.set_ylabel("µs per step()")
+    axes.set_title("Host time of step() on shards of FSDP2")
+    axes.legend(frameon=False, fontsize=6, ncols=2)
+    return True
+
+
 def draw_bytes(axes: Axes, found: list[Record]) -> bool:
     found = [r for r in found if r["command"] == "static" and "read_bytes" in r and "policy" in r]
     policies = {r["policy"]: (r["state_bytes"], r["read_bytes"], r["written_bytes"]) for r in found}
@@ -173,6 +185,7 @@ PLOTS: dict[str, Callable[[Axes, list[Record]], bool]] = {
     "models": draw_models,
     "around": draw_around,
     "host": draw_host,
+    "dist": draw_dist,
     "bytes": draw_bytes,
     "training": draw_training,
     "update": draw_update,

@@ -1,11 +1,15 @@
-"""Write the README's tables from results, or check that they agree.
+"""Write the tables of the README and of docs/ from results, or check that they agree.
 
 A table stands between two comments:
 
     <!-- table host bench/results/some-device/suite.json -->
     <!-- end -->
 
-whose first names what to show (a function below) and the result to take it from.
+whose first names what to show (a function below) and the result to take it from. What follows from arithmetic alone
+has no result:
+
+    <!-- table paper -->
+    <!-- end -->
 """
 
 from __future__ import annotations
@@ -15,13 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import common, records
+from . import common, paper, records
 
 ROOT = Path(__file__).parent.parent
-BLOCK = re.compile(r"(<!-- table (\w+) (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+PAGES = ("README.md", "docs/distributed.md")
+BLOCK = re.compile(r"(<!-- table (\w+)(?: (\S+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 DESCRIPTION = """\
-Rewrite the tables of README.md from the results that they name; with --check, write nothing and fail if one of
-them does not agree."""
+Rewrite the tables of README.md and docs/distributed.md from the results that they name; with --check, write nothing
+and fail if one of them does not agree."""
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
@@ -49,6 +54,33 @@ def host(document: dict[str, Any]) -> str:
     ]
     headings = ["host time of `step()`, µs", *(f"{n:,} tensors" for n in tensors), "each further tensor"]
     return markdown(headings, rows) + conditions(document)
+
+
+def dist(document: dict[str, Any]) -> str:
+    """Host time of steps on shards, and what they launch and reduce."""
+    found = [r for r in document["records"] if r["command"] == "dist"]
+    cases = {r["case"]: r["tensors"] for r in found}
+    cells = {(r["provider"], r["case"]): r for r in found}
+    rows = []
+    for provider in dict.fromkeys(r["provider"] for r in found):
+        of = [cells[provider, case] for case in cases]
+        times = [f"{r['host_us']['median']:,.0f}" for r in of]
+        ratios = [f"{r['times_torch_fused']:.1f}" for r in of]
+        counts = [str(of[0].get(key, "")) for key in ("all_reduces", "launches")]
+        rows.append([provider, *(cell for pair in zip(times, ratios, strict=True) for cell in pair), *counts])
+    headings = ["host time of `step()` on shards, µs"]
+    for case, tensors in cases.items():
+        headings += [f"{case}, {tensors} tensors", "torch on DTensors / this"]
+    return markdown([*headings, "all-reduces", "launches"], rows) + conditions(document)
+
+
+def cpu(document: dict[str, Any]) -> str:
+    """Steps of parameters on the CPU."""
+    found = [r for r in document["records"] if r["command"] == "cpu"]
+    rows = [
+        [r["case"], r["provider"], f"{r['wall_ms']['median']:,.1f}", f"{r['this_over_torch_fused']:.2f}"] for r in found
+    ]
+    return markdown(["parameters on the CPU", "", "step, ms", "this / torch fused"], rows) + conditions(document)
 
 
 def static(document: dict[str, Any]) -> str:
@@ -163,6 +195,14 @@ def train(document: dict[str, Any]) -> str:
     return markdown(headings, rows) + conditions(document)
 
 
+def on_paper() -> str:
+    """Memory and step time of large models, by arithmetic."""
+    parts = []
+    for headings, rows, lines in paper.sections():
+        parts.append(markdown(headings, rows) + ("\n```\n" + "\n".join(lines) + "\n```\n" if lines else ""))
+    return "\n".join(parts)
+
+
 FEATURES = {
     "control": "factor and flag: clip, unscale, skip",
     "statistics": "norms of update and parameters",
@@ -170,6 +210,8 @@ FEATURES = {
 }
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "arithmetic": arithmetic,
+    "cpu": cpu,
+    "dist": dist,
     "features": features,
     "norm": norm,
     "gradients": gradients,
@@ -184,12 +226,15 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
+COMPUTED: dict[str, Callable[[], str]] = {"paper": on_paper}
+
+
 def rewritten(text: str) -> str:
-    """A README with its tables made anew."""
+    """A page with its tables made anew."""
 
     def made(match: re.Match[str]) -> str:
         opening, name, path, _, end = match.groups()
-        return opening + TABLES[name](records.read(ROOT / path)) + end
+        return opening + (TABLES[name](records.read(ROOT / path)) if path else COMPUTED[name]()) + end
 
     return BLOCK.sub(made, text)
 
@@ -198,13 +243,16 @@ def main(argv: list[str]) -> int:
     parser = common.Parser("readme", DESCRIPTION)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table does not agree")
     options = parser.parse(argv)
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    new = rewritten(text)
-    if options.check:
-        if new != text:
-            print("README.md does not agree with bench/results: run python -m bench readme")
-            return 1
-        return 0
-    readme.write_text(new)
-    return 0
+    status = 0
+    for name in PAGES:
+        page = ROOT / name
+        if not page.exists():
+            continue
+        text = page.read_text()
+        new = rewritten(text)
+        if not options.check:
+            page.write_text(new)
+        elif new != text:
+            print(f"{name} does not agree with bench/results: run python -m bench readme")
+            status = 1
+    return status

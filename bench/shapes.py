@@ -102,6 +102,7 @@ def _repeated(count: int, size: int) -> list[Shape]:
 
 llama3_8b = partial(llama3, 4096, 32, 1024, 14336, tied=False)
 llama3_70b = partial(llama3, 8192, 80, 1024, 28672, tied=False)
+llama3_405b = partial(llama3, 16384, 126, 1024, 53248, tied=False)
 
 MODELS: dict[str, Callable[[], list[Shape]]] = {
     "resnet-50": resnet50,
