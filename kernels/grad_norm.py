@@ -52,8 +52,8 @@ def _sum_of_squares(ptr, remaining, scale, DTYPE: tl.constexpr, BLOCK_SIZE: tl.c
 
 @triton.jit
 def decide(sum_of_squares, grad_scale_ptr, found_inf_ptr, max_grad_norm, skip_grad_norm_above):
-    """Return the factor, the flag and the norm (None without `sum_of_squares`). Everything may be None."""
-    norm = None
+    """Return the factor, the flag and the norm (NaN without `sum_of_squares`). Everything may be None."""
+    norm = tl.full((), float("nan"), tl.float64)
     factor = tl.full((), 1.0, tl.float64)
     skip = tl.full((), False, tl.int1)
     if grad_scale_ptr is not None:
@@ -72,7 +72,10 @@ def decide(sum_of_squares, grad_scale_ptr, found_inf_ptr, max_grad_norm, skip_gr
 
 @triton.jit
 def write_control(control_ptr, skipped_ptr, factor, skip, norm):
-    """Write a decision to `control_ptr`, float64 [3]; a skipped step is counted in `skipped_ptr`, int64 or None."""
+    """Write a decision to `control_ptr`, float64 [3], the norm unless it is None.
+
+    A skipped step is counted in `skipped_ptr`, int64 or None.
+    """
     tl.store(control_ptr, factor)
     tl.store(control_ptr + 1, skip.to(tl.float64))
     if norm is not None:

@@ -119,7 +119,7 @@ def scalars_kernel(
             if sums_ptr is not None:
                 skip = skip | (tl.load(sums_ptr + 1) != 0.0)
             if tl.program_id(0) == 0:
-                write_control(control_ptr, skipped_ptr, factor, skip, norm)
+                write_control(control_ptr, skipped_ptr, factor, skip, norm if sums_ptr is not None else None)
 
     decay = 1.0 - lr * weight_decay / decay_lr
     lerp_weight = tl.where(beta1 > 0.5, 1.0 - beta1, 0.0 - beta1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,8 @@ def contents(run: Run) -> dict[str, Tensor]:
 
 def settings(run: Run) -> list[Any]:
     """All else that a resumed run has in common with the undisturbed one."""
-    groups = run[1].param_groups
-    numbers = [[group[name] for name in ("lr", "betas", "eps", "weight_decay", "amsgrad")] for group in groups]
+    names = ("lr", "eps", "weight_decay", "amsgrad")
+    numbers = [[*group["betas"], *(group[name] for name in names)] for group in run[1].param_groups]
     return [numbers, run[1].group_options, run[1].state_bytes()]
 
 
@@ -177,7 +178,7 @@ def train_and_save(deal: str, folder: str, storages: Mapping[str, Sequence[str]]
     Args:
         storages: those to save, for each form.
     """
-    runs = {storage: build(deal, storage) for storage in set().union(*storages.values())}
+    runs = {storage: build(deal, storage) for storage in dict.fromkeys(chain.from_iterable(storages.values()))}
     for run in runs.values():
         train(deal, run, 0, SAVED_AT)
     note_parts(deal, runs, folder)
@@ -188,7 +189,7 @@ def train_and_save(deal: str, folder: str, storages: Mapping[str, Sequence[str]]
 def resume(
     deal: str, form: str, folder: str, storages: Sequence[str], *, same_shards: bool = False
 ) -> dict[str, list[str]]:
-    """Load and go on to the end. Names, by storage, of what differs: from what was saved, and from an undisturbed run."""
+    """Load and go on to the end. Names, by storage, of what differs from what was saved and from an undisturbed run."""
     runs = {storage: build(deal, storage, fresh=True) for storage in storages}
     load(runs, form, f"{folder}/{form}")
     saved, found = noted_whole(folder), {}

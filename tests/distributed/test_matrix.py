@@ -30,12 +30,12 @@ def allowed(wrapper, storage, feature, foreach):
 
 
 CASES = pairwise(FACTORS, allowed)
-# Kernels, which are slow here: every storage and feature on two ranks, and each wrapper of four.
-ON_TWO, ON_FOUR = (("fsdp2", 2), ("tp", 2), ("tp-plain", 2)), [wrapper for wrapper in WRAPPERS if wrapper[1] == 4]
-KERNEL_CASES = [
-    *one_of_each([case for case in CASES if case["wrapper"] in ON_TWO]),
-    *one_of_each([case for case in CASES if case["wrapper"] in ON_FOUR and case["storage"] == "fp32"], "wrapper"),
-]
+# The interpreter is slow: only what has to do with ranks, where parts are others than in one process.
+OF_RANKS = ("statistics", "max_grad_norm", "skip_nonfinite", "skip_grad_norm_above", "scaler-fused", "release")
+OF_PARTS = ("fsdp2", "hsdp", "several-meshes", "tp", "tp-plain", "tp-fsdp2")
+KERNEL_CASES = one_of_each(
+    [case for case in CASES if case["feature"] in OF_RANKS and case["wrapper"][0] in OF_PARTS], "wrapper", "feature"
+)
 
 # Against one process, where gradients are other sums of the same terms. fp32: the largest difference of a weight,
 # some units of its rounding. Others: length of the difference to that of the way. A moment at the border between two
