@@ -176,7 +176,10 @@ def check_entries(param: Tensor, entries: Mapping[str, Any]) -> None:
             has, lacks = (coded.codes, coded.scale) if coded.codes in entries else (coded.scale, coded.codes)
             raise RuntimeError(f"state {has!r} is there, but not {lacks!r}, which belongs to it")
         if coded.codes in entries and name in entries:
-            raise RuntimeError(f"state has {name!r} and {coded.codes!r}; a moment is stored as one of them")
+            raise RuntimeError(
+                f"state has {name!r} and {coded.codes!r}; a moment is stored as one of them. full_state_dict=True of "
+                f"torch.distributed.checkpoint merges what it loads into what is there: leave it out"
+            )
         if coded.scale in entries:
             _check_scale(param, coded.scale, entries[coded.scale])
     step = entries.get("step", 0.0)
