@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -30,13 +31,24 @@ def local(tensor: Any) -> Any:
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
-def locals_of(tensors: Iterable[Any]) -> list[Any]:
+def all_local(tensors: list[Any]) -> list[Any]:
     """Return `local` of each."""
+    if not are_there(tensors):
+        return tensors
     dtensor = dtensor_class()
     return [tensor._local_tensor if isinstance(tensor, dtensor) else tensor for tensor in tensors]
 
 
-def local_grads(params: Iterable[Any], grads: Iterable[Tensor | None]) -> list[Tensor | None]:
+def locals_of(tensors: Iterable[Any], specs: Iterable[Any]) -> list[Any]:
+    """Return `local` of each.
+
+    Args:
+        specs: of each, None of a plain tensor.
+    """
+    return [t if spec is None else t._local_tensor for t, spec in zip(tensors, specs, strict=True)]
+
+
+def local_grads(params: Sequence[Any], grads: Sequence[Any], specs: Sequence[Any]) -> list[Tensor | None]:
     """Return the local tensors of gradients, brought to the placements of their parameters.
 
     That can take communication (a replicated parameter's gradient may be a sum still to be made), so that what is
@@ -44,34 +56,49 @@ def local_grads(params: Iterable[Any], grads: Iterable[Tensor | None]) -> list[T
 
     Args:
         params: parameters as they are listed, DTensors or not; grads: of each.
+        specs: of the parameters, None of a plain tensor.
 
     Raises:
         RuntimeError: a gradient that is a DTensor where its parameter is not, or the reverse, or on another mesh.
     """
-    dtensor = dtensor_class()
-    found: list[Tensor | None] = []
+    if all(map(is_, map(_spec_of, grads), specs)):  # as FSDP2 makes them
+        found = locals_of(grads, specs)
+        if set(map(type, found)) == {Tensor}:
+            return found
+    return [_local_grad(*each) for each in _redistributed(params, grads)]
+
+
+def _spec_of(tensor: Any) -> Any:
+    return getattr(tensor, "_spec", None)
+
+
+def _local_grad(param: Any, grad: Any) -> Tensor | None:
+    value = local(grad)
+    return value.wait() if hasattr(value, "wait") else value  # where communication is still going on
+
+
+def _redistributed(params: Sequence[Any], grads: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Return each parameter and its gradient, with the same placements."""
+    found: list[tuple[Any, Any]] = []
     errors: list[str] = []
     for param, grad in zip(params, grads, strict=True):
-        if isinstance(grad, dtensor) and isinstance(param, dtensor):
+        if is_dtensor(param) and is_dtensor(grad):
             if grad._spec is not param._spec and grad.placements != param.placements:
-                if grad.device_mesh != param.device_mesh:
+                if grad.device_mesh == param.device_mesh:
+                    grad = grad.redistribute(placements=param.placements)
+                else:
                     errors.append(
                         f"a gradient is on {grad.device_mesh}, its parameter (shape {tuple(param.shape)}) on "
                         f"{param.device_mesh}; both must be on one mesh"
                     )
-                    continue
-                grad = grad.redistribute(placements=param.placements)
-            value = grad._local_tensor
-            found.append(value.wait() if hasattr(value, "wait") else value)  # where communication is still going on
-        elif grad is not None and isinstance(param, dtensor) != isinstance(grad, dtensor):
+        elif grad is not None and is_dtensor(param) != is_dtensor(grad):
             kinds = ["a plain tensor", "a DTensor"]
-            has, other = kinds[isinstance(param, dtensor)], kinds[isinstance(grad, dtensor)]
+            has, other = kinds[is_dtensor(param)], kinds[is_dtensor(grad)]
             errors.append(
                 f"a parameter of shape {tuple(param.shape)} is {has}, its gradient {other}; let backward() make it, or "
                 f"give it the parameter's mesh and placements with torch.distributed.tensor.distribute_tensor"
             )
-        else:
-            found.append(grad)
+        found.append((param, grad))
     if errors:
         raise RuntimeError(errors[0])
     return found

@@ -64,7 +64,8 @@ class RankView:
         grads: list[Tensor | None] = list(map(_grad_of, listed))
         if not self._specs:
             return StepTensors(listed, listed, grads)
-        return StepTensors(listed, dtensors.locals_of(listed), dtensors.local_grads(listed, grads))
+        params = dtensors.locals_of(listed, self._specs)
+        return StepTensors(listed, params, dtensors.local_grads(listed, grads, self._specs))
 
     def works(
         self,

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .dtensors import locals_of
+from .dtensors import all_local
 from .members import Members
 from .param_work import ALIGNMENT, GradLayout
 from .strides import fill_memory
@@ -91,8 +91,6 @@ class Signature:
         entries: list[Any] = list(state.values()) if same_order else list(map(state.get, its_listed))
         try:
             tensors = self._tensors(its_params, entries)
-            if listed is not params:
-                tensors = locals_of(tensors)
             unchanged = (
                 list(map(Tensor.data_ptr, tensors)) == self._addresses
                 and list(map(len, entries)) == self._n_entries
@@ -110,7 +108,8 @@ class Signature:
 
     def _tensors(self, params: Sequence[Tensor], entries: Sequence[Any]) -> list[Tensor]:
         columns = [map(itemgetter(name), entries[span]) for span, names in self._spans for name in names]
-        return [*params, *chain.from_iterable(columns)]
+        of_state = list(chain.from_iterable(columns))
+        return [*params, *all_local(of_state)]
 
     def _grad_addresses(self, grads: list[Any], all_present: bool) -> bytes | None:
         """Return the packed addresses, or None if a gradient is not like that which the plan was built for."""
