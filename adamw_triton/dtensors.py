@@ -83,14 +83,15 @@ def _redistributed(params: Sequence[Any], grads: Sequence[Any]) -> list[tuple[An
     errors: list[str] = []
     for param, grad in zip(params, grads, strict=True):
         if is_dtensor(param) and is_dtensor(grad):
-            if grad._spec is not param._spec and grad.placements != param.placements:
-                if grad.device_mesh == param.device_mesh:
-                    grad = grad.redistribute(placements=param.placements)
-                else:
-                    errors.append(
-                        f"a gradient is on {grad.device_mesh}, its parameter (shape {tuple(param.shape)}) on "
-                        f"{param.device_mesh}; both must be on one mesh"
-                    )
+            if grad._spec is param._spec:
+                pass
+            elif grad.device_mesh != param.device_mesh:
+                errors.append(
+                    f"a gradient is on {grad.device_mesh}, its parameter (shape {tuple(param.shape)}) on "
+                    f"{param.device_mesh}; both must be on one mesh"
+                )
+            elif grad.placements != param.placements:
+                grad = grad.redistribute(placements=param.placements)
         elif grad is not None and is_dtensor(param) != is_dtensor(grad):
             kinds = ["a plain tensor", "a DTensor"]
             has, other = kinds[is_dtensor(param)], kinds[is_dtensor(grad)]

@@ -34,5 +34,5 @@ def pytest_collection_modifyitems(items):
     """Tests of one world go to one process of xdist, so that each world is started once."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        for name in {*item.fixturenames, params.get("world")} & WORLDS.keys():
+        for name in {*item.fixturenames, params.get("world")} & {*WORLDS, "own_world"}:
             item.add_marker(pytest.mark.xdist_group(name))

@@ -30,12 +30,17 @@ def allowed(wrapper, storage, feature, foreach):
 
 
 CASES = pairwise(FACTORS, allowed)
-# The interpreter is slow: only what has to do with ranks, where parts are others than in one process.
-OF_RANKS = ("statistics", "max_grad_norm", "skip_nonfinite", "skip_grad_norm_above", "scaler-fused", "release")
+# The interpreter is slow: only what has to do with ranks, where parts are others than in one process. Random bits and
+# gradient release have tests of their own.
+OF_RANKS = ("statistics", "max_grad_norm", "skip_nonfinite", "skip_grad_norm_above", "scaler-fused")
 OF_PARTS = ("fsdp2", "hsdp", "several-meshes", "tp", "tp-plain", "tp-fsdp2")
-KERNEL_CASES = one_of_each(
-    [case for case in CASES if case["feature"] in OF_RANKS and case["wrapper"][0] in OF_PARTS], "wrapper", "feature"
-)
+
+
+def is_for_kernels(wrapper, storage, feature, foreach):
+    return feature in OF_RANKS and wrapper[0] in OF_PARTS and not STORAGES[storage].is_stochastic
+
+
+KERNEL_CASES = one_of_each([case for case in CASES if is_for_kernels(**case)], "wrapper", "feature")
 
 # Against one process, where gradients are other sums of the same terms. fp32: the largest difference of a weight,
 # some units of its rounding. Others: length of the difference to that of the way. A moment at the border between two

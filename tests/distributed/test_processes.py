@@ -15,8 +15,6 @@ from processes import RanksFailed, World, environment
 
 from adamw_triton import launch
 
-pytestmark = pytest.mark.xdist_group("processes")
-
 
 def who(**kwargs):
     return dist.get_rank(), dist.get_world_size(), os.getpid(), launch.INTERPRETED, kwargs
