@@ -218,8 +218,7 @@ class HostPlan:
         for number, grad in zip(self._classes, members.grads, strict=True):
             if grad is not None:
                 for piece in _flat_pieces(real_view(grad.resolve_conj().resolve_neg())):
-                    wide = piece.double()
-                    sums[number] += torch.dot(wide, wide)
+                    sums[number] += piece.double().square().sum()  # pairwise, as a dot product is not
         return sums
 
     def statistics(self) -> Tensor | None:
