@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,11 +65,11 @@ def adamw_(
         g = -g
 
     old = None if statistics is None else p.clone()
-    numbers = lr, beta1, beta2, eps, weight_decay / decay_lr
+    hyperparams = _Hyperparams(lr, beta1, beta2, eps, weight_decay / decay_lr)
     if fused:
-        _fused_update(p, g, m, v, step, *numbers)
+        _fused_update(p, g, m, v, step, hyperparams)
     else:
-        _update(p, g, m, v, largest, step, *numbers, cautious=cautious)
+        _update(p, g, m, v, largest, step, hyperparams, cautious=cautious)
     if statistics is not None and old is not None:
         statistics.copy_(torch.stack([value.double().square().sum() for value in (p - old, p)]))
 
@@ -83,6 +83,14 @@ def adamw_(
         _write(state.max_exp_avg_sq, largest, of_exp_avg_sq)
 
 
+class _Hyperparams(NamedTuple):
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+
 def _update(
     p: Tensor,
     g: Tensor,
@@ -90,14 +98,11 @@ def _update(
     v: Tensor,
     largest: Tensor | None,
     step: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
+    hyperparams: _Hyperparams,
     *,
     cautious: bool,
 ) -> None:
+    lr, beta1, beta2, eps, weight_decay = hyperparams
     decay = 1 - lr * weight_decay
     if weight_decay != 0 and not cautious:
         p.mul_(decay)
@@ -113,21 +118,9 @@ def _update(
     p.addcdiv_(m, denominator, value=-lr / bias_correction1)
 
 
-def _fused_update(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
-    step: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
+def _fused_update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: float, hyperparams: _Hyperparams) -> None:
     count = torch.tensor(float(step), dtype=torch.float32, device="cpu")
-    betas: dict[str, Any] = {"beta1": beta1, "beta2": beta2}
-    options = {**betas, "lr": lr, "weight_decay": weight_decay, "eps": eps, "amsgrad": False, "maximize": False}
+    options: dict[str, Any] = {**hyperparams._asdict(), "amsgrad": False, "maximize": False}
     torch._fused_adamw_([p], [g], [m], [v], [], [count], **options)
 
 
