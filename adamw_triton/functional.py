@@ -92,7 +92,7 @@ def host_piece() -> int:
     return 2**15 * max(2, torch.get_num_threads())
 
 
-_VECTOR = 64  # a multiple of how many elements one instruction of a CPU takes
+_VECTOR = GROUP_SIZE  # also a multiple of how many elements one instruction of a CPU takes
 
 
 def _step_in_pieces(
@@ -154,15 +154,25 @@ def step_joined_eager(
 
 
 def _step_joined(tensors: Sequence[tuple[Tensor, Tensor, StateTensors]], **options: Any) -> None:
-    """Step flat tensors in copies that are joined, and filled up to whole vectors; and write these back."""
-    columns = list(zip(*((param, grad, *state.present) for param, grad, state in tensors), strict=True))
-    n = sum(param.numel() for param, *_ in tensors)
-    joined = [torch.cat([*column, column[0].new_zeros(-n % _VECTOR)]) for column in columns]
-    of_state = iter(joined[2:])
-    reference.adamw_(joined[0], joined[1], tensors[0][2].map(lambda _: next(of_state)), **options)
-    for values, column in zip((joined[0], *joined[2:]), (columns[0], *columns[2:]), strict=True):
-        sizes = [tensor.numel() for tensor in column]
-        torch._foreach_copy_(list(column), list(values[: sum(sizes)].split(sizes)))
+    """Step flat tensors in copies that are joined, and filled up to whole vectors; and write these back.
+
+    Args:
+        tensors: parameter, gradient and state; with 8-bit moments whole groups, but for the last.
+    """
+    padding = -sum(param.numel() for param, *_ in tensors) % _VECTOR
+
+    def join(column: Sequence[Any], pad: int) -> Any:
+        return None if column[0] is None else torch.cat([*column, column[0].new_zeros(pad)])
+
+    params, grads, states = zip(*tensors, strict=True)
+    columns = list(zip(*states, strict=True))
+    param, grad = join(params, padding), join(grads, padding)
+    state = StateTensors(*(join(column, padding if i < 4 else 0) for i, column in enumerate(columns)))
+    reference.adamw_(param, grad, state, **options)
+    for values, column in zip((param, *state), (params, *columns), strict=True):
+        if values is not None:
+            sizes = [tensor.numel() for tensor in column]
+            torch._foreach_copy_(list(column), list(values[: sum(sizes)].split(sizes)))
 
 
 def is_skipped(decision: Tensor) -> bool:

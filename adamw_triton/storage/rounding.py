@@ -59,6 +59,11 @@ class JoinedKeys(NamedTuple):
     def seed(self) -> int:
         return self.keys[0].seed
 
+    @property
+    def is_aligned(self) -> bool:
+        """Whether elements that share random bits are 8 that follow each other."""
+        return all(key.is_aligned for key in self.keys) and not any(size % 8 for size in self.sizes[:-1])
+
     def indices(self, n_elements: int, device: torch.device, first: int = 0) -> Tensor:
         """Return the index of each element in its own parameter, int64; of what fills up the last vector anything."""
         sizes = self._sizes(n_elements)
@@ -90,20 +95,32 @@ def noise(
         device: where the bits are wanted.
         first: index of the first of these elements in the tensor that the key is of.
     """
-    index = key.indices(n_elements, device, first)
-    words = torch.stack(_philox(key.seed, index >> 3, step, key.param_indices(n_elements, device)))
+    index, numbers = key.indices(n_elements, device, first), key.param_indices(n_elements, device)
+    is_odd = None
+    if key.is_aligned and first % 8 == 0:  # one counter for 8 elements, of which each word serves two
+        index, numbers = index[::8], numbers[::8] if numbers.dim() else numbers
+    else:
+        is_odd = (index & 1) == 1
+    words = torch.stack(_philox(key.seed, index >> 3, step, numbers))
     if param is not None:
         padded = torch.zeros(-(-n_elements // 8) * 8, dtype=torch.float32, device=device)
         padded[:n_elements] = param * 0.0
-        words *= (padded.view(-1, 8).sum(dim=1) == 0).repeat_interleave(8)[:n_elements]
-    pair = ((index >> 1) & 3).unsqueeze(0)
-    word = words.gather(0, pair)[0]
-    other = words.gather(0, (pair + 1) & 3)[0]
-    is_odd = (index & 1) == 1
-    yield torch.where(is_odd, word >> 16, word & 0xFFFF).to(torch.int32)
+        is_finite = padded.view(-1, 8).sum(dim=1) == 0
+        words *= is_finite if is_odd is None else is_finite.repeat_interleave(8)[:n_elements]
+    if is_odd is None:
+        word, other = words.t(), words.roll(-1, 0).t()
+    else:
+        pair = ((index >> 1) & 3).unsqueeze(0)
+        word, other = words.gather(0, pair)[0], words.gather(0, (pair + 1) & 3)[0]
+
+    def choose(of_even: Tensor, of_odd: Tensor) -> Tensor:
+        if is_odd is None:
+            return torch.stack((of_even, of_odd), dim=-1).reshape(-1)[:n_elements].to(torch.int32)
+        return torch.where(is_odd, of_odd, of_even).to(torch.int32)
+
+    yield choose(word & 0xFFFF, word >> 16)
     for of_odd, of_even, source in ((0x9E3779B1, 0x85EBCA77, word), (0xC2B2AE3D, 0x27D4EB2F, other)):
-        factor = of_even + (index & 1) * (of_odd - of_even)
-        yield ((source * factor & 0xFFFFFFFF) >> 16).to(torch.int32)
+        yield choose((source * of_even & 0xFFFFFFFF) >> 16, (source * of_odd & 0xFFFFFFFF) >> 16)
 
 
 def _philox(seed: int, counter: Tensor, step: int, param_index: Tensor) -> list[Tensor]:
