@@ -219,7 +219,7 @@ def test_of_one_device(missing, device):
         params,
         [torch.randn(p.numel() + 1, device=device, dtype=p.dtype)[i % 2 :][: p.numel()] for i, p in enumerate(params)],
     )
-    works = [SimpleNamespace(param=p, grad_layout=GradLayout.of(p.grad)) for p in params]
+    works = [SimpleNamespace(param=p, grad_layout=GradLayout.of(p.grad), norm_class=0) for p in params]
     norms = GradNorms(works, [p.grad.data_ptr() % 16 == 0 for p in params])
     addresses = [0 if i in missing else p.grad.data_ptr() for i, p in enumerate(params)]
     for _ in range(2):

@@ -7,7 +7,7 @@ import torch
 from helpers import Guarded
 
 from adamw_triton import launch
-from adamw_triton.grad_control import GradDecision, GradScalerInputs
+from adamw_triton.grad_control import NO_NORM, GradDecision, GradScalerInputs
 from adamw_triton.hyperparams import Hyperparams, KernelScalars, kernel_scalars
 from adamw_triton.step_counts import StepCounts, packed_hyperparams
 
@@ -56,7 +56,8 @@ class Counters:
         rows = [packed_hyperparams(of, self.device, self.copies, capturing=False) for of in self.hyperparams]
         words = torch.frombuffer(bytearray(b"".join(rows)), dtype=torch.int64).to(self.device)
         grads = torch.tensor(grads, device=self.device)
-        self.counts.advance(grads, words, decision, scaler or GradScalerInputs(), decided=decided)
+        scaler = scaler or GradScalerInputs()
+        self.counts.advance(grads, words, decision, scaler, decided=decided, sums=None, options=NO_NORM)
         self.guard.assert_untouched()
 
     def counted(self):

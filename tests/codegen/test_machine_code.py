@@ -158,7 +158,7 @@ def words(size, groups, first):
 def table(size, groups, first):
     formats = Formats(*(torch.float32,) * 4)
     tables = torch.zeros(size, 4, **long), torch.zeros(size, 2, dtype=torch.int32)
-    table = launch.Table(*tables, formats, False, True, 0, launch.configuration_of(*formats.dtypes))
+    table = launch.Table(*tables, formats, False, True, "nearest", 0, launch.configuration_of(*formats.dtypes))
     scalars = torch.zeros(first + size, 8)[first:]
     launch.launch_table(table, words(size, groups, first)[1][first:], scalars, maximize=False)
 

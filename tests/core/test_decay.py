@@ -42,7 +42,10 @@ def test_cautious_step(n, dtype, maximize, device, path):
     if n >= 1000:  # both kinds of element are there
         same = (param == everywhere[0]).float().mean()
         assert 0.3 < same < 0.7
-    assert torch.equal(exp_avg, everywhere[2]) and torch.equal(exp_avg_sq, everywhere[3])
+    # On the CPU the step without it is torch's fused one, which rounds otherwise.
+    n_roundings = 0 if path == "kernel" else 4
+    for moment, other in zip((exp_avg, exp_avg_sq), everywhere[2:], strict=True):
+        torch.testing.assert_close(moment, other, rtol=n_roundings * UNIT[dtype], atol=0)
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)

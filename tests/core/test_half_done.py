@@ -144,7 +144,7 @@ def make_twin(optimizer, params):
     copies = [nn.Parameter(p.detach().clone()) for p in params]
     for p, q in zip(params, copies, strict=True):
         q.grad = p.grad.clone()
-    group = optimizer.param_groups[0]
+    group, options = optimizer.param_groups[0], optimizer.group_options[0]
     twin = AdamW(
         copies,
         lr=LR,
@@ -152,7 +152,7 @@ def make_twin(optimizer, params):
         max_grad_norm=optimizer.max_grad_norm,
         skip_nonfinite=optimizer.skip_nonfinite,
         statistics=optimizer.statistics,
-        cautious=optimizer.group_options[0]["cautious"],
+        **{name: options[name] for name in ("cautious", "exp_avg_dtype", "exp_avg_sq_dtype")},
     )
     if optimizer.state:
         twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -220,7 +220,9 @@ def test_one_launch_for_each(number, n_steps_before, control, device, path, monk
 @pytest.mark.parametrize("number", [1, 2])
 def test_one_launch_for_each_dtype(number, n_steps_before, control, device, path, monkeypatch):
     params = make_params(device, MIXED, SHAPES if path == "kernel" else WHOLE_VECTORS)
-    optimizer = AdamW(params, lr=LR, foreach=True, cautious=path == "reference", **control)
+    # On the CPU parameters are joined where their storage is not torch's.
+    storage = {"exp_avg_dtype": torch.float32, "exp_avg_sq_dtype": torch.bfloat16} if path == "reference" else {}
+    optimizer = AdamW(params, lr=LR, foreach=True, **storage, **control)
     for _ in range(n_steps_before):
         give_gradients(params)
         optimizer.step()

@@ -70,7 +70,7 @@ def test_signature_and_defaults_are_torchs():
     ours, theirs = (inspect.signature(cls.__init__).parameters for cls in (AdamW, torch.optim.AdamW))
     extras = ["exp_avg_dtype", "exp_avg_sq_dtype", "master_weight_bits", "stochastic_rounding", "seed"]
     extras += ["cautious", "decouple_lr"]
-    of_all = ["max_grad_norm", "skip_nonfinite", "skip_grad_norm_above", "statistics"]
+    of_all = ["max_grad_norm", "skip_nonfinite", "skip_grad_norm_above", "statistics", "norm_group"]
     assert list(ours) == [*theirs, *extras, *of_all]
     for name, parameter in theirs.items():
         assert ours[name].default == parameter.default, name
