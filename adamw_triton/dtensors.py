@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from operator import is_
+from operator import attrgetter, is_
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
+
+# In C: a step reads thousands of these.
+_spec_of = attrgetter("_spec")
+local_of = attrgetter("_local_tensor")  # of a DTensor
 
 
 def dtensor_class() -> Any:
@@ -31,21 +36,26 @@ def local(tensor: Any) -> Any:
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
-def all_local(tensors: list[Any]) -> list[Any]:
-    """Return `local` of each."""
+def specs_of(tensors: Sequence[Any]) -> list[Any]:
+    """Return the specs of tensors, None of a plain one; nothing if all are plain."""
     if not are_there(tensors):
-        return tensors
-    dtensor = dtensor_class()
-    return [tensor._local_tensor if isinstance(tensor, dtensor) else tensor for tensor in tensors]
+        return []
+    try:
+        return list(map(_spec_of, tensors))
+    except AttributeError:
+        return [getattr(tensor, "_spec", None) for tensor in tensors]
 
 
-def locals_of(tensors: Iterable[Any], specs: Iterable[Any]) -> list[Any]:
+def locals_of(tensors: Sequence[Any], specs: Sequence[Any]) -> list[Any]:
     """Return `local` of each.
 
     Args:
         specs: of each, None of a plain tensor.
     """
-    return [t if spec is None else t._local_tensor for t, spec in zip(tensors, specs, strict=True)]
+    try:
+        return list(map(local_of, tensors))
+    except AttributeError:
+        return [t if spec is None else t._local_tensor for t, spec in zip(tensors, specs, strict=True)]
 
 
 def local_grads(params: Sequence[Any], grads: Sequence[Any], specs: Sequence[Any]) -> list[Tensor | None]:
@@ -61,15 +71,21 @@ def local_grads(params: Sequence[Any], grads: Sequence[Any], specs: Sequence[Any
     Raises:
         RuntimeError: a gradient that is a DTensor where its parameter is not, or the reverse, or on another mesh.
     """
-    if all(map(is_, map(_spec_of, grads), specs)):  # as FSDP2 makes them
-        found = locals_of(grads, specs)
-        if set(map(type, found)) == {Tensor}:
-            return found
-    return [_local_grad(*each) for each in _redistributed(params, grads)]
+    found = _placed_alike(grads, specs)
+    return [_local_grad(*each) for each in _redistributed(params, grads)] if found is None else found
 
 
-def _spec_of(tensor: Any) -> Any:
-    return getattr(tensor, "_spec", None)
+def _placed_alike(grads: Sequence[Any], specs: Sequence[Any]) -> list[Tensor | None] | None:
+    """Return local tensors of gradients that have the very specs of their parameters, as FSDP2 makes them, or None."""
+    try:
+        if not all(map(is_, map(_spec_of, grads), specs)):
+            return None
+        found = list(map(local_of, grads))
+    except AttributeError:  # some are missing, or plain
+        if not all(g is None or getattr(g, "_spec", None) is spec for g, spec in zip(grads, specs, strict=True)):
+            return None
+        found = [g if g is None or spec is None else g._local_tensor for g, spec in zip(grads, specs, strict=True)]
+    return found if set(map(type, found)) <= {Tensor, NoneType} else None  # else communication is still going on
 
 
 def _local_grad(param: Any, grad: Any) -> Tensor | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress
+from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +41,7 @@ class Members(NamedTuple):
         """Return what of the first parameters a step has written to."""
         params = self.params[:first]
         if self.listed is not self.params:
-            params = [*params, *(p for p, local in zip(self.listed, params, strict=False) if p is not local)]
+            params = [*params, *compress(self.listed, map(is_not, self.listed, params))]
         if first < len(self.params) or not self.all_present:
             with_grad = [i for i in range(first) if self.grads[i] is not None]
             ids = {id(param) for i in with_grad for param in (self.listed[i], self.params[i])}

@@ -260,7 +260,7 @@ class Plan:
                 for group in plan.groups
             ],
             [work.param for work in in_order],
-            [work.entries for work in in_order],
+            [work.stored_entries for work in in_order],
             [work.grad_layout for work in in_order],
             [is_aligned for plan, _ in self._devices for is_aligned in plan.aligned],
         )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from . import dtensors
@@ -45,7 +46,7 @@ class RankView:
 
     def update(self, listed: Sequence[Tensor], norm_group: Any) -> bool:
         """Look at all parameters; return whether they are dealt out as they were."""
-        specs = [getattr(p, "_spec", None) for p in listed] if dtensors.are_there(listed) else []
+        specs = dtensors.specs_of(listed)
         unchanged = len(specs) == len(self._specs) and all(map(is_, specs, self._specs))
         if not unchanged:
             self._specs = specs
@@ -61,9 +62,11 @@ class RankView:
         Raises:
             RuntimeError: of `dtensors.local_grads`.
         """
-        grads: list[Tensor | None] = list(map(_grad_of, listed))
         if not self._specs:
-            return StepTensors(listed, listed, grads)
+            return StepTensors(listed, listed, list(map(_grad_of, listed)))
+        # To look for a __torch_function__ takes longer than all else that is read of a DTensor.
+        with torch._C.DisableTorchFunctionSubclass():
+            grads: list[Tensor | None] = list(map(_grad_of, listed))
         params = dtensors.locals_of(listed, self._specs)
         return StepTensors(listed, params, dtensors.local_grads(listed, grads, self._specs))
 

@@ -6,13 +6,12 @@ import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
 from torch import Tensor
 
-from .dtensors import all_local
+from .dtensors import is_dtensor, local, local_of
 from .members import Members
 from .param_work import ALIGNMENT, GradLayout
 from .strides import fill_memory
@@ -49,9 +48,12 @@ class Signature:
         grad_layouts: Sequence[GradLayout],
         aligned: Sequence[bool],
     ) -> None:
-        self._options, self._n_params, self._order, self._spans = options, n_params, order, spans
+        self._options, self._n_params, self._order = options, n_params, order
         self._in_order = order == list(range(n_params))
         self._n_entries = list(map(len, entries))
+        self._columns = [
+            (span, itemgetter(name), _local_of(name, entries[span])) for span, names in spans for name in names
+        ]
         tensors = self._tensors(params, entries)
         self._addresses = list(map(Tensor.data_ptr, tensors))
         self._layouts = _guards(tensors)
@@ -96,7 +98,8 @@ class Signature:
                 and list(map(len, entries)) == self._n_entries
                 and self._layouts.check(*tensors)
             )
-        except (KeyError, TypeError, RuntimeError):  # an entry that is gone, no tensor, or without memory of its own
+        # An entry that is gone, no tensor or no DTensor any more, or without memory of its own.
+        except (KeyError, TypeError, AttributeError, RuntimeError):
             return None
         if not unchanged:
             return None
@@ -107,9 +110,11 @@ class Signature:
         return Members(its_listed, its_params, its_grads, entries, addresses, all_present)
 
     def _tensors(self, params: Sequence[Tensor], entries: Sequence[Any]) -> list[Tensor]:
-        columns = [map(itemgetter(name), entries[span]) for span, names in self._spans for name in names]
-        of_state = list(chain.from_iterable(columns))
-        return [*params, *all_local(of_state)]
+        tensors = list(params)
+        for span, entry_of, its_local_of in self._columns:
+            column = map(entry_of, entries[span])
+            tensors += column if its_local_of is None else map(its_local_of, column)
+        return tensors
 
     def _grad_addresses(self, grads: list[Any], all_present: bool) -> bytes | None:
         """Return the packed addresses, or None if a gradient is not like that which the plan was built for."""
@@ -141,6 +146,14 @@ class Signature:
 
     def _fit_alignment(self, addresses: Sequence[int]) -> bool:
         return not any(must and address % ALIGNMENT for must, address in zip(self._aligned, addresses, strict=True))
+
+
+def _local_of(name: str, entries: Sequence[Mapping[str, Any]]) -> Callable[[Any], Any] | None:
+    """Return what makes local tensors of the entries of one name, None if they are."""
+    kinds = {is_dtensor(of_param[name]) for of_param in entries}
+    if kinds == {True}:
+        return local_of
+    return local if True in kinds else None
 
 
 def _guards(tensors: Sequence[Tensor]) -> Any:

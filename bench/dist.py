@@ -46,9 +46,10 @@ On a GPU launches are real. Without one, ours launch nothing at the one place th
 do their arithmetic, on one thread.
 All are compared with torch's fused step on DTensors; those with max_grad_norm with clip_grad_norm_ and that step, those
 with new gradients with that step on new gradients. Each has a first step, not timed, which makes the state. Then
-providers take turns, each with four steps before the one that counts; median and 20th and 80th percentile, without
-Python's garbage collector. All-reduces and launches of kernels are counted in one more step. Takes minutes: torch's
-optimizers are slow on DTensors, and at their first step above all."""
+providers take turns. Each takes steps for 30 ms, four at least, before the one that counts; median and 20th and 80th
+percentile, without Python's garbage collector. "cold" is the first step of a turn, after the others have used the
+caches, as forward and backward do. All-reduces and launches of kernels are counted in one more step. Takes minutes:
+torch's optimizers are slow on DTensors, and at their first step above all."""
 
 
 class Shards(NamedTuple):
@@ -185,6 +186,8 @@ def add_options(parser: common.Parser) -> None:
 COLUMNS = {
     "host_us": "step(), µs",
     "times_torch_fused": "torch on DTensors / this",
+    "cold_us": "cold, µs",
+    "times_torch_fused_cold": "cold: torch / this",
     "all_reduces": "all-reduces",
     "launches": "launches",
 }

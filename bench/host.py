@@ -23,7 +23,8 @@ from .records import Record
 
 COUNTS = (10, 161, 291, 1000, 10_000)  # 161: ResNet-50, 291: Llama-3-8B
 ELEMENTS = 4  # of each tensor: the CPU's own arithmetic must not count, in torch's optimizers either
-WARM_UP = 4  # steps before the one that counts
+WARM_UP = 4  # steps before the one that counts, at least
+WARM_UP_SECONDS = 0.03  # of steps: ours take a dozen until their times stop falling
 GROWTH = (161, 1000)  # tensors between which the time of one more is taken
 FUSED, FUSED_MOVING, FUSED_GROUPS = "torch fused", "torch fused, gradients move", "torch fused, a group each"
 DESCRIPTION = """\
@@ -36,8 +37,16 @@ each step, "missing gradients" takes that of every other parameter away, of the 
 outside of what is timed. "clip and skip" needs the norm of all gradients. "a group each": every tensor is a param
 group, of three learning rates. Moving gradients and many groups are compared with torch's fused step on the same, all
 others with its plain one.
-Providers take turns, each with four steps before the one that counts; median and 20th and 80th percentile, without
-Python's garbage collector."""
+Providers take turns. Each takes steps for 30 ms, four at least, before the one that counts; median and 20th and 80th
+percentile, without Python's garbage collector. "cold" is the first step of a turn, after the others have used the
+caches, as forward and backward do."""
+
+
+class Samples(NamedTuple):
+    """Microseconds of steps: of those that count, and of the first of each turn."""
+
+    warm: list[float]
+    cold: list[float]
 
 
 class Provider(NamedTuple):
@@ -134,9 +143,17 @@ def counted_launches(device: torch.device) -> Iterator[list[str]]:
         yield count
 
 
-def sample(taking_turns: dict[str, Provider], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Microseconds of each step, taking turns until the time is used; at least three samples after a warm-up."""
-    samples: dict[str, list[float]] = {name: [] for name in taking_turns}
+def sample(taking_turns: dict[str, Provider], device: torch.device, seconds: float) -> dict[str, Samples]:
+    """Time steps, taking turns until the time is used; at least three samples after a warm-up."""
+    samples = {name: Samples([], []) for name in taking_turns}
+
+    def timed(provider: Provider) -> float:
+        provider.before()
+        common.synchronize(device)
+        start = time.perf_counter_ns()
+        provider.step()
+        return (time.perf_counter_ns() - start) / 1e3
+
     for step, before, _ in taking_turns.values():
         before()
         step()
@@ -144,31 +161,28 @@ def sample(taking_turns: dict[str, Provider], device: torch.device, seconds: flo
     gc.collect()
     gc.disable()  # as timeit does
     try:
-        while time.perf_counter() < end or min(map(len, samples.values())) < 3:
-            for name, (step, before, _) in taking_turns.items():
-                for _ in range(WARM_UP):  # whose turn it is finds its own data in the caches, not the last one's
-                    before()
-                    step()
-                before()
-                common.synchronize(device)
-                start = time.perf_counter_ns()
-                step()
-                samples[name].append((time.perf_counter_ns() - start) / 1e3)
+        while time.perf_counter() < end or min(len(of.warm) for of in samples.values()) < 3:
+            for name, provider in taking_turns.items():
+                samples[name].cold.append(timed(provider))
+                turn, n_steps = time.perf_counter() + WARM_UP_SECONDS, 1
+                while n_steps < WARM_UP or time.perf_counter() < turn:  # until its own data are in the caches
+                    timed(provider)
+                    n_steps += 1
+                samples[name].warm.append(timed(provider))
     finally:
         gc.enable()
     return samples
 
 
-def compared(taking_turns: dict[str, Provider], samples: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+def compared(taking_turns: dict[str, Provider], samples: dict[str, Samples]) -> dict[str, dict[str, Any]]:
     """Of each provider the spread of its times, and how many times longer what it is compared with takes."""
-    times = {name: records.spread(values) for name, values in samples.items()}
-    return {
-        name: {
-            "host_us": spread,
-            "times_torch_fused": times[taking_turns[name].against]["median"] / spread["median"],
-        }
-        for name, spread in times.items()
-    }
+    found: dict[str, dict[str, Any]] = {name: {} for name in taking_turns}
+    for which, ratio in (("host_us", "times_torch_fused"), ("cold_us", "times_torch_fused_cold")):
+        times = {name: records.spread(of.warm if which == "host_us" else of.cold) for name, of in samples.items()}
+        for name, spread in times.items():
+            against = times[taking_turns[name].against]
+            found[name] |= {which: spread, ratio: against["median"] / spread["median"]}
+    return found
 
 
 def measure(options: Namespace) -> list[Record]:
@@ -187,9 +201,8 @@ def measure(options: Namespace) -> list[Record]:
                     "case": f"{count} tensors",
                     "provider": name,
                     "tensors": count,
-                    "host_us": quantities["host_us"],
                     "host_us_per_tensor": quantities["host_us"]["median"] / count,
-                    "times_torch_fused": quantities["times_torch_fused"],
+                    **quantities,
                 }
             )
     few, many = GROWTH
@@ -214,7 +227,13 @@ def add_options(parser: common.Parser) -> None:
     add("--device", type=common.device, default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
 
 
-COLUMNS = {"host_us": "step(), µs", "host_us_per_tensor": "µs per tensor", "times_torch_fused": "torch fused / this"}
+COLUMNS = {
+    "host_us": "step(), µs",
+    "host_us_per_tensor": "µs per tensor",
+    "times_torch_fused": "torch fused / this",
+    "cold_us": "cold, µs",
+    "times_torch_fused_cold": "cold: torch fused / this",
+}
 
 
 def main(argv: list[str]) -> int:

@@ -120,10 +120,28 @@ def test_launches_are_counted_one_by_one():
 def test_each_is_compared_with_what_it_names():
     providers = {"a": host.Provider(lambda: None), host.FUSED: host.Provider(lambda: None)}
     providers["b"] = host.Provider(lambda: None, against="a")
-    samples = {"a": [2.0, 3.0, 1.0], host.FUSED: [8.0, 8.0, 8.0], "b": [0.5, 0.5, 0.5]}
+    warm = {"a": [2.0, 3.0, 1.0], host.FUSED: [8.0, 8.0, 8.0], "b": [0.5, 0.5, 0.5]}
+    cold = {"a": [30.0, 10.0, 20.0], host.FUSED: [40.0] * 3, "b": [10.0] * 3}
+    samples = {name: host.Samples(warm[name], cold[name]) for name in providers}
     found = host.compared(providers, samples)
     assert {name: r["times_torch_fused"] for name, r in found.items()} == {"a": 4.0, host.FUSED: 1.0, "b": 4.0}
-    assert found["a"]["host_us"]["median"] == 2.0
+    of_cold = {name: r["times_torch_fused_cold"] for name, r in found.items()}
+    assert of_cold == {"a": 2.0, host.FUSED: 1.0, "b": 2.0}
+    assert (found["a"]["host_us"]["median"], found["a"]["cold_us"]["median"]) == (2.0, 20.0)
+
+
+def test_who_was_not_there_for_a_while_is_cold(monkeypatch):
+    """The first step of a turn is told from those after it."""
+    steps = []
+
+    def step():
+        steps.append(len(steps))
+        time.sleep(0.02 if len(steps) > 1 and steps[-1] % (host.WARM_UP + 1) == 1 else 0.0)
+
+    monkeypatch.setattr(host, "WARM_UP_SECONDS", 0.0)
+    found = host.sample({"one": host.Provider(step)}, CPU, 0.0)["one"]
+    assert len(found.warm) == len(found.cold) == 3
+    assert min(found.cold) >= 2e4 > max(found.warm)
 
 
 def test_steps_on_the_cpu(monkeypatch, tmp_path, capsys):
