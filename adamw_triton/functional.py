@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -89,7 +88,7 @@ def _can_be_fused(state: StateTensors, cautious: bool) -> bool:
 
 def host_piece() -> int:
     """Return how many elements the CPU steps at a time: what is computed of them stays in the caches of its cores."""
-    return 2**15 * max(2, torch.get_num_threads())
+    return 2**16 * max(2, torch.get_num_threads())
 
 
 _VECTOR = GROUP_SIZE  # also a multiple of how many elements one instruction of a CPU takes
@@ -105,18 +104,17 @@ def _step_in_pieces(
             left over of vectors is rounded otherwise, by torch's fused step too.
     """
     n, size = param.numel(), host_piece()
-    whole = n - n % _VECTOR if pad else n
     total = None if statistics is None else torch.zeros_like(statistics)
-    bounds = sorted({*range(0, whole, size), whole, n})
-    for start, stop in pairwise(bounds):
+    for start in range(0, n, size):
+        stop = min(start + size, n)
         part, of_scales = slice(start, stop), slice(start // GROUP_SIZE, -(-stop // GROUP_SIZE))
         scales = [None if scale is None else scale[of_scales] for scale in state[4:]]
         piece = StateTensors(*(None if t is None else t[part] for t in state[:4]), *scales)  # type: ignore[arg-type]
         how = {**options, "statistics": statistics, "first_element": start}
-        if start < whole:
-            reference.adamw_(param[part], grad[part], piece, **how)
-        else:
+        if pad and stop % _VECTOR:
             _step_joined([(param[part], grad[part], piece)], **how)
+        else:
+            reference.adamw_(param[part], grad[part], piece, **how)
         if total is not None and statistics is not None:
             total += statistics
     if total is not None and statistics is not None:
@@ -140,7 +138,7 @@ def step_joined_eager(
         noise_keys: of stochastic rounding, all or none.
     """
     keys = [key for key in noise_keys if key is not None]
-    sizes = [param.numel() for param, *_ in tensors]
+    sizes = _filled_sizes([param for param, *_ in tensors])
     options: dict[str, Any] = {
         "step": step,
         "maximize": maximize,
@@ -154,25 +152,39 @@ def step_joined_eager(
 
 
 def _step_joined(tensors: Sequence[tuple[Tensor, Tensor, StateTensors]], **options: Any) -> None:
-    """Step flat tensors in copies that are joined, and filled up to whole vectors; and write these back.
+    """Step flat tensors in copies that are filled up and joined, and write these back.
 
     Args:
         tensors: parameter, gradient and state; with 8-bit moments whole groups, but for the last.
     """
-    padding = -sum(param.numel() for param, *_ in tensors) % _VECTOR
-
-    def join(column: Sequence[Any], pad: int) -> Any:
-        return None if column[0] is None else torch.cat([*column, column[0].new_zeros(pad)])
-
     params, grads, states = zip(*tensors, strict=True)
+    sizes = _filled_sizes(params)
+
+    def join(column: Sequence[Any], *, is_scale: bool = False) -> Any:
+        if column[0] is None or is_scale:
+            return None if column[0] is None else torch.cat(list(column))
+        fills = [column[0].new_zeros(size - tensor.numel()) for tensor, size in zip(column, sizes, strict=True)]
+        return torch.cat([each for pair in zip(column, fills, strict=True) for each in pair if each.numel()])
+
     columns = list(zip(*states, strict=True))
-    param, grad = join(params, padding), join(grads, padding)
-    state = StateTensors(*(join(column, padding if i < 4 else 0) for i, column in enumerate(columns)))
-    reference.adamw_(param, grad, state, **options)
+    state = StateTensors(*(join(column, is_scale=i >= 4) for i, column in enumerate(columns)))
+    param = join(params)
+    reference.adamw_(param, join(grads), state, **options)
     for values, column in zip((param, *state), (params, *columns), strict=True):
         if values is not None:
-            sizes = [tensor.numel() for tensor in column]
-            torch._foreach_copy_(list(column), list(values[: sum(sizes)].split(sizes)))
+            filled = sizes if values.numel() == param.numel() else [tensor.numel() for tensor in column]
+            parts = [part[: tensor.numel()] for part, tensor in zip(values.split(filled), column, strict=True)]
+            torch._foreach_copy_(list(column), parts)
+
+
+def _filled_sizes(params: Sequence[Tensor]) -> list[int]:
+    """Return how many elements each takes where they are joined.
+
+    Eight elements share random bits; all together are whole vectors.
+    """
+    sizes = [param.numel() + -param.numel() % 8 for param in params]
+    sizes[-1] += -sum(sizes) % _VECTOR
+    return sizes
 
 
 def is_skipped(decision: Tensor) -> bool:

@@ -18,8 +18,6 @@ from .param_work import ParamWork
 from .storage import Formats, StateTensors, entry_names
 from .strides import flat, is_dense, real_view, strides_agree
 
-_JOINED = 8192  # elements of a parameter that is worth copying to be stepped together with others
-
 
 class HostKey(NamedTuple):
     """What the parameters that are stepped together have in common."""
@@ -71,11 +69,7 @@ class HostGroup:
         self._how = {"maximize": group["maximize"], "cautious": group["cautious"]}
         self._noise_keys = [work.noise_key(group["seed"], key.formats) for work in works]
         self._sums = sums
-        rounds = key.formats.stochastic  # eight elements share random bits
-        self._is_small = [
-            key.joins and sums is None and 0 < n <= _JOINED and not (rounds and n % 8)
-            for n in (work.param.numel() for work in works)
-        ]
+        self._is_small = [key.joins and sums is None and 0 < work.param.numel() <= host_piece() for work in works]
 
     @property
     def state_names(self) -> list[str]:

@@ -8,7 +8,6 @@ the rest unchanged.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -133,14 +132,16 @@ def elements(shapes: Iterable[Shape]) -> int:
 def scaled(shapes: Sequence[Shape], max_elements: int) -> tuple[list[Shape], int]:
     """Shapes of at most `max_elements` elements, and the factor they were divided by: 1 if they fit.
 
-    They are divided like shards: as many tensors as before, so that host time is that of the whole list.
+    They are divided like shards: as many tensors as before, so that host time is that of the whole list; and over a
+    power of two, as clusters are, so that shards are as even.
 
     Raises:
         ValueError: not even one row of each fits.
     """
     most = max((shape[0] for shape in shapes), default=1)
-    # Elements fall as the factor grows.
-    factor = 1 + bisect_left(range(1, most + 1), -max_elements, key=lambda ranks: -elements(shard(shapes, ranks)))
-    if factor > most:
-        raise ValueError(f"one row of each of {len(shapes)} tensors is more than {max_elements} elements")
+    factor = 1
+    while elements(shard(shapes, factor)) > max_elements:
+        if factor >= most:
+            raise ValueError(f"one row of each of {len(shapes)} tensors is more than {max_elements} elements")
+        factor *= 2
     return shard(shapes, factor), factor

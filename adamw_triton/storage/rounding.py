@@ -101,40 +101,47 @@ def noise(
         index, numbers = index[::8], numbers[::8] if numbers.dim() else numbers
     else:
         is_odd = (index & 1) == 1
-    words = torch.stack(_philox(key.seed, index >> 3, step, numbers))
+    words = _philox(key.seed, index >> 3, step, numbers)
     if param is not None:
         padded = torch.zeros(-(-n_elements // 8) * 8, dtype=torch.float32, device=device)
         padded[:n_elements] = param * 0.0
         is_finite = padded.view(-1, 8).sum(dim=1) == 0
         words *= is_finite if is_odd is None else is_finite.repeat_interleave(8)[:n_elements]
     if is_odd is None:
-        word, other = words.t(), words.roll(-1, 0).t()
+        word, other = words, words.roll(-1, 0)
     else:
         pair = ((index >> 1) & 3).unsqueeze(0)
         word, other = words.gather(0, pair)[0], words.gather(0, (pair + 1) & 3)[0]
 
     def choose(of_even: Tensor, of_odd: Tensor) -> Tensor:
-        if is_odd is None:
-            return torch.stack((of_even, of_odd), dim=-1).reshape(-1)[:n_elements].to(torch.int32)
-        return torch.where(is_odd, of_odd, of_even).to(torch.int32)
+        if is_odd is not None:
+            return torch.where(is_odd, of_odd, of_even).to(torch.int32)
+        chosen = torch.empty(of_even.shape[1], 4, 2, dtype=torch.int32, device=device)
+        chosen[..., 0], chosen[..., 1] = of_even.t(), of_odd.t()
+        return chosen.view(-1)[:n_elements]
 
     yield choose(word & 0xFFFF, word >> 16)
     for of_odd, of_even, source in ((0x9E3779B1, 0x85EBCA77, word), (0xC2B2AE3D, 0x27D4EB2F, other)):
         yield choose((source * of_even & 0xFFFFFFFF) >> 16, (source * of_odd & 0xFFFFFFFF) >> 16)
 
 
-def _philox(seed: int, counter: Tensor, step: int, param_index: Tensor) -> list[Tensor]:
-    """Return four words of Philox4x32 (Salmon et al., https://doi.org/10.1145/2063384.2063405), computed in int64."""
+def _philox(seed: int, counter: Tensor, step: int, param_index: Tensor) -> Tensor:
+    """Return the words of Philox4x32 (Salmon et al., https://doi.org/10.1145/2063384.2063405), computed in int64.
+
+    Args:
+        counter: int64 [n].
+
+    Returns:
+        int64 [4, n], each from 0 to 2^32 - 1.
+    """
     mask = 0xFFFFFFFF
-    c0, c1 = counter & mask, counter >> 32
-    c2, c3 = torch.full_like(counter, step & mask), torch.zeros_like(counter) + (param_index & mask)
+    even = torch.stack((counter & mask, torch.full_like(counter, step & mask)))
+    odd = torch.stack((counter >> 32, (param_index & mask).expand_as(counter)))
+    multipliers = torch.tensor([[0xD2511F53], [0xCD9E8D57]], dtype=torch.int64, device=counter.device)
     k0, k1 = seed & mask, seed >> 32 & mask
-
-    def high(a: Tensor, b: int) -> Tensor:
-        return ((a >> 16) * b + ((a & 0xFFFF) * b >> 16)) >> 16
-
     for _ in range(PHILOX_ROUNDS):
-        a, b = 0xD2511F53, 0xCD9E8D57
-        c0, c1, c2, c3 = high(c2, b) ^ c1 ^ k0, c2 * b & mask, high(c0, a) ^ c3 ^ k1, c0 * a & mask
+        keys = torch.tensor([[k0], [k1]], dtype=torch.int64, device=counter.device)
+        product = even * multipliers  # of which int64 keeps all 64 bits
+        even, odd = ((product >> 32) & mask).flip(0).bitwise_xor_(odd).bitwise_xor_(keys), (product & mask).flip(0)
         k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return [c0, c1, c2, c3]
+    return torch.stack((even[0], odd[0], even[1], odd[1]))
