@@ -66,11 +66,14 @@ def dist(document: dict[str, Any]) -> str:
         of = [cells[provider, case] for case in cases]
         times = [f"{r['host_us']['median']:,.0f}" for r in of]
         ratios = [f"{r['times_torch_fused']:.1f}" for r in of]
+        cold = [f"{r['times_torch_fused_cold']:.1f}" for r in of]
         counts = [str(of[0].get(key, "")) for key in ("all_reduces", "launches")]
-        rows.append([provider, *(cell for pair in zip(times, ratios, strict=True) for cell in pair), *counts])
+        rows.append(
+            [provider, *(cell for of_case in zip(times, ratios, cold, strict=True) for cell in of_case), *counts]
+        )
     headings = ["host time of `step()` on shards, µs"]
     for case, tensors in cases.items():
-        headings += [f"{case}, {tensors} tensors", "torch on DTensors / this"]
+        headings += [f"{case}, {tensors} tensors", "torch on DTensors / this", "the same, cold"]
     return markdown([*headings, "all-reduces", "launches"], rows) + conditions(document)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from . import common, module_of, records
 from .records import Record
 
-COMMANDS = ("static", "arithmetic", "host", "throughput", "models")
+COMMANDS = ("static", "arithmetic", "host", "dist", "cpu", "throughput", "models")
 # Of a command, measured after its default options.
 MORE = {
     "static": [["--features"]],
@@ -24,10 +24,9 @@ MORE = {
 }
 NEEDS_GPU = ("throughput", "models")
 DESCRIPTION = """\
-Run static, arithmetic, host, throughput and models with their default options, and models with what is around the
-step, and write one JSON, by default
-bench/results/<device>/suite.json. Takes less than 9 minutes with a GPU and 3 without one, where throughput
-and models are marked as not measured."""
+Run static, arithmetic, host, dist, cpu, throughput and models with their default options, and models with what is
+around the step, and write one JSON, by default bench/results/<device>/suite.json. Takes about 11 minutes with a GPU and
+6 without one, where throughput and models are marked as not measured."""
 
 
 def folder_of(device: torch.device) -> Path:

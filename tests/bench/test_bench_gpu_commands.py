@@ -9,7 +9,7 @@ from torch.autograd import DeviceType
 
 from adamw_triton import AdamW, launch, launch_group
 from adamw_triton.storage import StateTensors
-from bench import common, models, peers, records, roofs, throughput, timing, tune
+from bench import common, cpu, dist, models, peers, records, roofs, throughput, timing, tune
 from bench.policies import BY_NAME, POLICIES
 
 CPU = torch.device("cpu")
@@ -371,7 +371,7 @@ def test_bad_options_are_one_line_and_status_2(module, argv, named, capsys):
 
 
 def test_defaults_are_what_suite_parses():
-    for module in (throughput, models, tune):
+    for module in (throughput, models, tune, dist, cpu):
         parser = common.Parser("suite", "")
         module.add_options(parser)
         assert isinstance(parser.parse([]), argparse.Namespace)

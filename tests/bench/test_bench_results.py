@@ -249,9 +249,17 @@ def test_host_launches_nothing_and_scans_everything(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU measures and marks")
 def test_suite_writes_what_every_command_measured(tmp_path):
     path = tmp_path / "suite.json"
-    less = "host.COUNTS = (10, 161, 1000); static.BY_NAME = {n: static.BY_NAME[n] for n in static.FEATURED}"
-    code = f"from bench import host, suite; from bench.codegen import static; {less}"
-    command = [sys.executable, "-c", f"{code}; suite.main(['--output', {str(path)!r}])"]
+    code = f"""
+from bench import cpu, dist, host, shapes, suite
+from bench.codegen import static
+host.COUNTS = (10, 161, 1000)
+static.BY_NAME = {{name: static.BY_NAME[name] for name in static.FEATURED}}
+shapes.MODELS["tiny"] = lambda: [(256, 128), (256,)]
+dist.MODELS = {{"tiny": shapes.MODELS["tiny"]}}
+cpu.LISTS = ("tiny",)
+suite.main(["--output", {str(path)!r}])
+"""
+    command = [sys.executable, "-c", code]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     subprocess.run(command, check=True, cwd=readme.ROOT, env=environment, timeout=1800)  # if it hangs
     by_command = {}
