@@ -16,6 +16,11 @@ import pytest
 from adamw_triton import launch
 from bench.policies import Policy
 
+if launch.INTERPRETED:
+    import interpreter
+
+    interpreter.speed_up()
+
 
 def pytest_collection_modifyitems(items):
     any_grad_dtype = hasattr(torch.zeros(1, requires_grad=True), "grad_dtype")

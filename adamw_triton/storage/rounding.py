@@ -72,7 +72,7 @@ class JoinedKeys(NamedTuple):
     def param_indices(self, n_elements: int, device: torch.device) -> Tensor:
         """Return the number of each element's parameter, int64."""
         numbers = torch.tensor([key.param_index for key in self.keys], dtype=torch.int64, device=device)
-        return numbers.repeat_interleave(torch.tensor(self._sizes(n_elements), device=device))
+        return numbers.repeat_interleave(torch.tensor(self._sizes(n_elements), dtype=torch.int64, device=device))
 
     def _sizes(self, n_elements: int) -> list[int]:
         return [*self.sizes[:-1], n_elements - sum(self.sizes[:-1])]
