@@ -157,24 +157,24 @@ def _step_joined(tensors: Sequence[tuple[Tensor, Tensor, StateTensors]], **optio
     Args:
         tensors: parameter, gradient and state; with 8-bit moments whole groups, but for the last.
     """
-    params, grads, states = zip(*tensors, strict=True)
-    sizes = _filled_sizes(params)
+    columns = list(zip(*((param, grad, *state) for param, grad, state in tensors), strict=True))
+    filled = _filled_sizes(columns[0])
+    n_scales = 2  # the last columns, which have nothing to fill up
+    sizes = [filled] * (len(columns) - n_scales)
+    sizes += [[0 if scale is None else scale.numel() for scale in column] for column in columns[-n_scales:]]
 
-    def join(column: Sequence[Any], *, is_scale: bool = False) -> Any:
-        if column[0] is None or is_scale:
-            return None if column[0] is None else torch.cat(list(column))
+    def join(column: Sequence[Any], sizes: Sequence[int]) -> Any:
+        if column[0] is None:
+            return None
         fills = [column[0].new_zeros(size - tensor.numel()) for tensor, size in zip(column, sizes, strict=True)]
-        return torch.cat([each for pair in zip(column, fills, strict=True) for each in pair if each.numel()])
+        return torch.cat([each for pair in zip(column, fills, strict=True) for each in pair])
 
-    columns = list(zip(*states, strict=True))
-    state = StateTensors(*(join(column, is_scale=i >= 4) for i, column in enumerate(columns)))
-    param = join(params)
-    reference.adamw_(param, join(grads), state, **options)
-    for values, column in zip((param, *state), (params, *columns), strict=True):
-        if values is not None:
-            filled = sizes if values.numel() == param.numel() else [tensor.numel() for tensor in column]
-            parts = [part[: tensor.numel()] for part, tensor in zip(values.split(filled), column, strict=True)]
-            torch._foreach_copy_(list(column), parts)
+    joined = [join(*each) for each in zip(columns, sizes, strict=True)]
+    reference.adamw_(joined[0], joined[1], StateTensors(*joined[2:]), **options)
+    for i, values in enumerate(joined):
+        if values is not None and i != 1:  # the gradients
+            parts = zip(values.split(sizes[i]), columns[i], strict=True)
+            torch._foreach_copy_(list(columns[i]), [part[: tensor.numel()] for part, tensor in parts])
 
 
 def _filled_sizes(params: Sequence[Tensor]) -> list[int]:

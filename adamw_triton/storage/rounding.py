@@ -50,7 +50,12 @@ class NoiseKey(NamedTuple):
 
 
 class JoinedKeys(NamedTuple):
-    """What the random bits of tensors that follow each other in memory depend on: keys of one seed, and sizes."""
+    """What the random bits of tensors that follow each other in memory depend on.
+
+    Attributes:
+        keys: of each, of one seed.
+        sizes: of each, multiples of 8.
+    """
 
     keys: Sequence[NoiseKey]
     sizes: Sequence[int]
@@ -62,7 +67,7 @@ class JoinedKeys(NamedTuple):
     @property
     def is_aligned(self) -> bool:
         """Whether elements that share random bits are 8 that follow each other."""
-        return all(key.is_aligned for key in self.keys) and not any(size % 8 for size in self.sizes[:-1])
+        return all(key.is_aligned for key in self.keys)
 
     def indices(self, n_elements: int, device: torch.device, first: int = 0) -> Tensor:
         """Return the index of each element in its own parameter, int64; of what fills up the last vector anything."""
@@ -138,10 +143,9 @@ def _philox(seed: int, counter: Tensor, step: int, param_index: Tensor) -> Tenso
     even = torch.stack((counter & mask, torch.full_like(counter, step & mask)))
     odd = torch.stack((counter >> 32, (param_index & mask).expand_as(counter)))
     multipliers = torch.tensor([[0xD2511F53], [0xCD9E8D57]], dtype=torch.int64, device=counter.device)
-    k0, k1 = seed & mask, seed >> 32 & mask
-    for _ in range(PHILOX_ROUNDS):
-        keys = torch.tensor([[k0], [k1]], dtype=torch.int64, device=counter.device)
+    increments = (seed & mask, 0x9E3779B9), (seed >> 32 & mask, 0xBB67AE85)
+    keys = [[[key + i * each & mask] for key, each in increments] for i in range(PHILOX_ROUNDS)]
+    for of_round in torch.tensor(keys, dtype=torch.int64, device=counter.device):
         product = even * multipliers  # of which int64 keeps all 64 bits
-        even, odd = ((product >> 32) & mask).flip(0).bitwise_xor_(odd).bitwise_xor_(keys), (product & mask).flip(0)
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+        even, odd = ((product >> 32) & mask).flip(0).bitwise_xor_(odd).bitwise_xor_(of_round), (product & mask).flip(0)
     return torch.stack((even[0], odd[0], even[1], odd[1]))
