@@ -11,6 +11,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one core for each: threads that wait 
     torch.set_num_threads(1)
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # asked for by torch's deterministic mode
 
+import pairwise
 import pytest
 
 from adamw_triton import launch
@@ -22,7 +23,19 @@ if launch.INTERPRETED:
     interpreter.speed_up()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-combinations",
+        action="store_true",
+        help="all cases of tests with three parameters or more, not as many as every two values meet in",
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--all-combinations"):
+        items[:], left_out = pairwise.split(items)
+        config.hook.pytest_deselected(items=left_out)
     any_grad_dtype = hasattr(torch.zeros(1, requires_grad=True), "grad_dtype")
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():

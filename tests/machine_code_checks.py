@@ -2,6 +2,15 @@
 
 from collections import Counter
 
+from bench.codegen.variants import KERNELS, TARGETS
+
+
+def targets_and_kernels(index):
+    """What to compile one of several policies for: on sm_90 both kernels, on other targets one, in turns."""
+    others = [target for target in TARGETS if target != "sm_90"]
+    in_turns = [(target, KERNELS[(index + i) % 2]) for i, target in enumerate(others)]
+    return [("sm_90", kernel) for kernel in KERNELS] + in_turns
+
 
 def assert_nothing_but_global_memory(code, calls_allowed=False):
     assert code.spills == code.local_bytes == 0

@@ -33,7 +33,7 @@ import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -332,29 +332,53 @@ def _amd(assembly: str) -> tuple[Listing, dict[str, int]]:
 # Many at once
 
 
+class Examiners:
+    """Processes, one for each CPU, in which kernels compile even if this one interprets them."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-m", "bench.codegen.machine_code"]
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        self._processes = [
+            subprocess.Popen(
+                command,
+                cwd=Path(__file__).parents[2],
+                env=env,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(os.cpu_count() or 1)
+        ]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.communicate()  # the end of its input is that of the process
+
+    def examine_all(self, variants: Sequence[Variant]) -> list[MachineCode | Failure]:
+        count = len(self._processes)
+        with ThreadPoolExecutor(count) as pool:
+            shares = pool.map(self._examine, self._processes, (variants[i::count] for i in range(count)))
+            results = [iter(share) for share in shares]
+        return [next(results[i % count]) for i in range(len(variants))]
+
+    def _examine(self, process: subprocess.Popen[str], variants: Sequence[Variant]) -> list[MachineCode | Failure]:
+        return [self._examine_one(process, variant) for variant in variants]
+
+    def _examine_one(self, process: subprocess.Popen[str], variant: Variant) -> MachineCode | Failure:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(asdict(variant)) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process that examines kernels ended at {variant}; what it printed is above")
+        fields = json.loads(line)
+        return Failure(**fields) if "reason" in fields else MachineCode(**fields)
+
+
 def examine_all(variants: Sequence[Variant]) -> list[MachineCode | Failure]:
-    """Examine in one new process for each CPU, where kernels compile even if this one interprets them."""
-    processes = os.cpu_count() or 1
-    with ThreadPoolExecutor(processes) as pool:
-        shares = pool.map(_examine_share, (variants[i::processes] for i in range(processes)))
-        results = [iter(share) for share in shares]
-    return [next(results[i % processes]) for i in range(len(variants))]
-
-
-def _examine_share(variants: Sequence[Variant]) -> list[MachineCode | Failure]:
-    process = subprocess.run(
-        [sys.executable, "-m", "bench.codegen.machine_code"],
-        input="".join(json.dumps(asdict(variant)) + "\n" for variant in variants),
-        cwd=Path(__file__).parents[2],
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-    )
-    lines = process.stdout.splitlines()
-    if process.returncode or len(lines) != len(variants):
-        raise RuntimeError(f"the process ended after {len(lines)} of {len(variants)} variants: {process.stderr}")
-    results = map(json.loads, lines)
-    return [Failure(**fields) if "reason" in fields else MachineCode(**fields) for fields in results]
+    """Examine in new processes."""
+    with closing(Examiners()) as examiners:
+        return examiners.examine_all(variants)
 
 
 def main() -> None:

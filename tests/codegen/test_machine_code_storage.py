@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from machine_code_checks import targets_and_kernels
 
 from bench.codegen.machine_code import IN_A_ROW
 from bench.codegen.variants import KERNELS, TARGETS, Variant
@@ -30,10 +31,8 @@ SLACK = 1 if TRITON_VERSION == (3, 7) else 6  # Triton 3.8 takes up to 5.3 more
 TABLE = {"sm_80": 25, "sm_90": 22, "sm_100": 22, "gfx942": 38}  # more of a thread of the table kernel
 POLICY_OF = {
     Variant.of(target, kernel, policy): policy
-    for target in TARGETS
-    for policy in POLICIES
-    for kernel in KERNELS
-    if not policy.is_plain
+    for i, policy in enumerate(policy for policy in POLICIES if not policy.is_plain)
+    for target, kernel in targets_and_kernels(i)
 }
 VARIANTS = {target: [variant for variant in POLICY_OF if variant.target == target] for target in TARGETS}
 for_each_target = pytest.mark.parametrize("variants", VARIANTS.values(), ids=VARIANTS)
