@@ -3,7 +3,7 @@
 import importlib
 from types import ModuleType
 
-IN_CODEGEN = ("static", "arithmetic")
+IN_CODEGEN = ("static", "arithmetic", "tune")
 
 
 def module_of(command: str) -> ModuleType:

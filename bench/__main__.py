@@ -18,10 +18,11 @@ COMMANDS = {
     "throughput": "bytes per second of one tensor's step, next to copies of as many bytes (GPU)",
     "models": "one step on the parameter lists of real models, ours and every peer's (GPU)",
     "tune": "a sweep of block sizes, warps and cache hints, which checks the fixed configurations (GPU)",
-    "suite": "static, arithmetic, host, throughput and models, as far as this machine can, into one JSON",
+    "suite": "static, arithmetic, host, dist, cpu, throughput and models, as far as this machine can, into one JSON",
     "plot": "draw a result",
     "compare": "ratios between two results, with their spread",
-    "readme": "write the README's tables from results, or check that they agree",
+    "report": "one HTML page of a result: conditions, plots, tables, differences to another result",
+    "docs": "write the tables of the README and of docs/ from results, or check that they agree",
 }
 
 
@@ -36,7 +37,7 @@ def main(argv: list[str]) -> int:
     try:
         module = module_of(command)
     except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "rich"):
+        if error.name not in ("jinja2", "matplotlib", "rich"):
             raise
         print(f"python -m bench: error: {error.name} is missing; pip install 'adamw-triton[bench]'", file=sys.stderr)
         return 2

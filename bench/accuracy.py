@@ -17,14 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adamw_triton import AdamW, param_groups_weight_decay
+from adamw_triton.storage.policies import BY_NAME, Policy
 
 from . import common, records
-from .data import batches, corpus
-from .gpt import GPT, Sizes
-from .loop import schedule
+from .gpt import GPT, Sizes, batches, corpus
 from .moments import BASELINE, EPS, KINDS, gradient_records, mixed_records, update_records
-from .policies import BY_NAME, Policy
 from .records import Record
+from .trainer import schedule
 
 DESCRIPTION = """\
 What storage costs in accuracy. "training": a small GPT with each storage policy and several seeds, which choose weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -38,6 +38,38 @@ def ratio(a: Any, b: Any) -> tuple[float, float, float]:
     return low, median, high
 
 
+class Change(NamedTuple):
+    """One quantity in two results.
+
+    Attributes:
+        key: command, case, provider and name.
+        before, after: medians.
+        ratio, low, high: of `ratio`.
+    """
+
+    key: tuple[str, str, str, str]
+    before: float
+    after: float
+    low: float
+    ratio: float
+    high: float
+
+    @property
+    def is_marked(self) -> bool:
+        """Whether noise does not explain it."""
+        return not self.low <= 1 <= self.high
+
+
+def changes(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[Change]:
+    """Every quantity that both results have."""
+    before, after = flatten(a["records"]), flatten(b["records"])
+    return [
+        Change(key, records.middle(value), records.middle(after[key]), *ratio(value, after[key]))
+        for key, value in before.items()
+        if key in after
+    ]
+
+
 def main(argv: list[str]) -> int:
     parser = common.Parser("compare", DESCRIPTION)
     parser.add_argument("a", type=Path, metavar="A.json", help="the result to compare with")
@@ -54,21 +86,17 @@ def main(argv: list[str]) -> int:
             console.print(f"{name}: {a['conditions'].get(name)} -> {b['conditions'].get(name)}")
 
     before, after = flatten(a["records"]), flatten(b["records"])
+    found = changes(a, b)
     table = Table(title="B / A", title_justify="left")
     for heading in ("command", "case", "provider", "quantity", "A", "B", "ratio", ""):
         table.add_column(heading)
-    compared = marked = 0
-    for key, value in before.items():
-        if key not in after:
-            continue
-        low, median, high = ratio(value, after[key])
-        compared += 1
-        changed = not low <= 1 <= high
-        marked += changed
-        if changed or options.all:
-            medians = (f"{records.middle(v):.4g}" for v in (value, after[key]))
-            table.add_row(*key, *medians, f"{median:.3f} ({low:.3f} to {high:.3f})", "*" if changed else "")
+    for change in found:
+        if change.is_marked or options.all:
+            spread = f"{change.ratio:.3f} ({change.low:.3f} to {change.high:.3f})"
+            medians = f"{change.before:.4g}", f"{change.after:.4g}"
+            table.add_row(*change.key, *medians, spread, "*" if change.is_marked else "")
     console.print(table)
     only = [len(before.keys() - after.keys()), len(after.keys() - before.keys())]
-    console.print(f"{compared} quantities compared, {marked} changed; only in A: {only[0]}, only in B: {only[1]}")
+    marked = sum(change.is_marked for change in found)
+    console.print(f"{len(found)} quantities compared, {marked} changed; only in A: {only[0]}, only in B: {only[1]}")
     return 0

@@ -14,9 +14,9 @@ from rich.console import Console
 from torch import nn
 
 from adamw_triton import AdamW, launch
+from adamw_triton.storage.policies import BY_NAME, Policy, dtype_name
 
 from . import common, records, shapes, timing
-from .policies import BY_NAME, Policy, dtype_name
 from .records import Record
 from .shapes import Shape
 

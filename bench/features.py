@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from adamw_triton import AdamW, register_gradient_release
+from adamw_triton.storage.policies import Policy
 
 from . import peers
-from .loop import Features, Loop
-from .policies import Policy
 from .timing import Call
+from .trainer import Features, Loop
 
 NAMES = ("clip", "amp", "graph", "release")
 IN_BACKWARD = "torch fused in backward"

@@ -13,9 +13,10 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from adamw_triton.storage.policies import BY_NAME as POLICIES_BY_NAME
+from adamw_triton.storage.policies import Policy
+
 from . import common, features, peers, records, shapes, timing
-from .policies import BY_NAME as POLICIES_BY_NAME
-from .policies import Policy
 from .records import Record
 
 DESCRIPTION = """\

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from adamw_triton.storage.policies import BY_NAME, Policy
+
 from . import shapes
 from .codegen.devices import DEVICES, Device
-from .policies import BY_NAME, Policy
 from .shapes import Shape
 
 H100: Device = next(device for device in DEVICES if device.key == "h100")

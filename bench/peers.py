@@ -20,9 +20,9 @@ from torch.optim import Optimizer
 
 from adamw_triton import AdamW
 from adamw_triton.storage import GROUP_SIZE, StorageOptions
+from adamw_triton.storage.policies import Policy
 
 from . import common
-from .policies import Policy
 from .timing import Call
 
 HYPER: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from . import common, records
 from .records import Record
@@ -192,6 +193,18 @@ PLOTS: dict[str, Callable[[Axes, list[Record]], bool]] = {
 }
 
 
+def figures(document: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
+    """Yield the name and the figure of each plot that a result has something for."""
+    made = document["conditions"]
+    for name, draw in PLOTS.items():
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        if draw(axes, document["records"]):
+            conditions = (made["device_name"], f"torch {made['torch']}", f"triton {made['triton']}", made["date"][:10])
+            figure.supxlabel(", ".join(conditions), fontsize=7, color="gray")
+            yield name, figure
+        plt.close(figure)
+
+
 def main(argv: list[str]) -> int:
     parser = common.Parser("plot", DESCRIPTION)
     parser.add_argument("result", type=Path, metavar="RESULT.json", help="what to draw")
@@ -203,16 +216,13 @@ def main(argv: list[str]) -> int:
         parser.error(str(error))
     folder = options.output or options.result.parent
     folder.mkdir(parents=True, exist_ok=True)
-    made = document["conditions"]
-    for name, draw in PLOTS.items():
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        if draw(axes, document["records"]):
-            conditions = (made["device_name"], f"torch {made['torch']}", f"triton {made['triton']}", made["date"][:10])
-            figure.supxlabel(", ".join(conditions), fontsize=7, color="gray")
-            path = folder / f"{name}.png"
-            figure.savefig(path, dpi=150)
-            print(path)
-        else:
+    drawn = set()
+    for name, figure in figures(document):
+        drawn.add(name)
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=150)
+        print(path)
+    for name in PLOTS:
+        if name not in drawn:
             print(f"{name}: not in {options.result}")
-        plt.close(figure)
     return 0

@@ -69,7 +69,7 @@ def table(title: str, records: Sequence[Record], columns: Mapping[str, str]) -> 
         made.add_column(heading, justify="left" if heading in ("case", "provider") else "right")
     for record in records:
         if "error" not in record:
-            cells = [_cell(record.get(key)) for key in columns]
+            cells = [cell(record.get(key)) for key in columns]
             made.add_row(escape(record["case"]), escape(record["provider"]), *cells)
     failed = [f"{r['case']}, {r['provider']}: {r['error']}" for r in records if "error" in r]
     made.caption = escape("\n".join(failed)) or None
@@ -77,9 +77,10 @@ def table(title: str, records: Sequence[Record], columns: Mapping[str, str]) -> 
     return made
 
 
-def _cell(quantity: Any) -> str:
+def cell(quantity: Any) -> str:
+    """A quantity as text: a spread as median (p20 to p80)."""
     if quantity is None:
         return ""
     if isinstance(quantity, Mapping):
-        return f"{_cell(quantity['median'])} ({_cell(quantity['p20'])} to {_cell(quantity['p80'])})"
+        return f"{cell(quantity['median'])} ({cell(quantity['p20'])} to {cell(quantity['p80'])})"
     return f"{quantity:.4g}" if isinstance(quantity, float) else str(quantity)

@@ -15,11 +15,11 @@ from torch import Tensor
 from adamw_triton import launch
 from adamw_triton.hyperparams import Hyperparams, kernel_scalars
 from adamw_triton.storage import NoiseKey, StateTensors
+from adamw_triton.storage.policies import BY_NAME as POLICIES_BY_NAME
+from adamw_triton.storage.policies import POLICIES, Policy
 
 from . import common, peers, records, timing
 from .codegen import devices
-from .policies import BY_NAME as POLICIES_BY_NAME
-from .policies import POLICIES, Policy
 from .records import Record
 
 DESCRIPTION = """\
@@ -192,14 +192,14 @@ class Case:
         }
 
     def _copies(self) -> dict[str, timing.Call]:
-        from . import roofs
+        from .codegen import roofs
 
         source, target = roofs.copy_bytes(self.bytes[TENSOR], self.param.device)
         self.bytes[TORCH_COPY] = self.bytes[OUR_COPY] = 2 * source.nbytes
         return {TORCH_COPY: lambda: target.copy_(source), OUR_COPY: lambda: roofs.copy(source, target)}
 
     def _skeleton(self) -> dict[str, timing.Call]:
-        from . import roofs
+        from .codegen import roofs
 
         if not self.policy.is_plain:
             raise peers.Unavailable("reads and writes floating-point tensors only")

@@ -21,16 +21,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
 from adamw_triton import AdamW
+from adamw_triton.storage.policies import BY_NAME, POLICIES, Policy
 
-from . import common, report
-from .data import batches, corpus
-from .gpt import GPT, Sizes
-from .loop import Features
-from .policies import BY_NAME, POLICIES, Policy
+from . import common, train_report
+from .gpt import GPT, Sizes, batches, corpus
 from .processes import ProcessError
-from .trainer import SPOILED_EVERY, VALIDATION_BATCHES, Contestant, Run, Trainer, contestants_of
-from .wrappers import STEPS as DISTRIBUTED_STEPS
-from .wrappers import WRAPPERS, refused
+from .ranks import STEPS as DISTRIBUTED_STEPS
+from .ranks import WRAPPERS, refused
+from .trainer import SPOILED_EVERY, VALIDATION_BATCHES, Contestant, Features, Run, Trainer, contestants_of
 
 STEPS = 400
 
@@ -61,12 +59,12 @@ def compare(options: Namespace, argv: list[str], ours: type[Optimizer], console:
     torch.manual_seed(options.seed)
     initial = GPT(sizes).to(device, policy.param)
     # The only attention whose backward pass is deterministic on every GPU.
-    with sdpa_kernel(SDPBackend.MATH), report.progress(console) as bar:
+    with sdpa_kernel(SDPBackend.MATH), train_report.progress(console) as bar:
         runs = train(contestants, initial, options, bar)
 
     on_cpu = common.kernel_path(device) == "eager reference on the CPU"
     exact = policy.name == "fp32" and on_cpu and not features.names
-    return report.report_of(runs, options, argv, exact=exact, judged=1)
+    return train_report.report_of(runs, options, argv, exact=exact, judged=1)
 
 
 def _job(options: Namespace) -> Callable[..., dict[str, Any]]:
@@ -149,10 +147,12 @@ def main(argv: list[str], ours: type[Optimizer] = AdamW) -> int:
     except ProcessError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 3
-    (options.output / "train.json").write_text(json.dumps(report.as_json(found), indent=1, allow_nan=False) + "\n")
-    report.plot(found, options.output / "loss.png")
+    (options.output / "train.json").write_text(
+        json.dumps(train_report.as_json(found), indent=1, allow_nan=False) + "\n"
+    )
+    train_report.plot(found, options.output / "loss.png")
     # Wide enough for the table where there is no terminal.
     console = Console() if os.isatty(1) else Console(width=160)
-    report.show(found, console)
+    train_report.show(found, console)
     console.print(f"written: {options.output / 'loss.png'}, {options.output / 'train.json'}")
     return 0 if found["agree"] else 1

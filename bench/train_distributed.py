@@ -14,12 +14,10 @@ from rich.console import Console
 from rich.progress import TaskID
 from torch.optim import Optimizer
 
-from . import report
-from .loop import Features
+from . import train_report
 from .processes import run_ranks
-from .train_rank import train_rank
-from .trainer import MAX_GRAD_NORM, Contestant, Run, contestants_of
-from .wrappers import WRAPPERS, zero_redundancy
+from .ranks import WRAPPERS, train_rank, zero_redundancy
+from .trainer import MAX_GRAD_NORM, Contestant, Features, Run, contestants_of
 
 OF_THE_WHOLE = ("max_grad_norm", "skip_nonfinite")  # options that no param group has
 
@@ -64,7 +62,7 @@ def compare(options: Namespace, argv: list[str], ours: type[Optimizer], console:
     # As many for all: no more threads than cores in any run, and sums in one order.
     threads = max(1, (os.cpu_count() or 1) // max(world for _, world, _ in planned))
     runs: list[Run] = []
-    with report.progress(console) as bar:
+    with train_report.progress(console) as bar:
         for contestant, world, label in planned:
             task = bar.add_task(label, total=options.steps, loss=math.nan)
 
@@ -84,7 +82,7 @@ def compare(options: Namespace, argv: list[str], ours: type[Optimizer], console:
             run.label = label
             runs.append(run)
     judged = len(planned) - 1 - options.control
-    found = report.report_of(runs, options, argv, judged=judged)
+    found = train_report.report_of(runs, options, argv, judged=judged)
     found["distributed"] = {
         "wrapper": options.distributed,
         "description": WRAPPERS[options.distributed].description,

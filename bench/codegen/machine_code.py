@@ -45,8 +45,8 @@ from adamw_triton import launch
 from adamw_triton.grad_control import GradDecision, GradNormOptions, GradScalerInputs
 from adamw_triton.hyperparams import KernelScalars
 from adamw_triton.storage import Formats, NoiseKey, StateTensors
+from adamw_triton.storage.policies import DTYPES
 
-from ..policies import DTYPES
 from .listing import (
     Instruction,
     Listing,

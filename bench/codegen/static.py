@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from adamw_triton.storage.policies import BY_NAME, DTYPES, POLICIES, Policy
+
 from .. import common, records
-from ..policies import BY_NAME, DTYPES, POLICIES, Policy
 from ..records import Record
 from .devices import DEVICES, Device
 from .machine_code import Failure, MachineCode, examine_all

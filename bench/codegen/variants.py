@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..policies import DTYPES, Policy, dtype_name
+from adamw_triton.storage.policies import DTYPES, Policy, dtype_name
 
 # backend, architecture, threads of a warp
 TARGETS: dict[str, tuple[str, int | str, int]] = {

@@ -13,12 +13,12 @@ from torch import Tensor
 from adamw_triton import launch
 from adamw_triton.launch import Configuration
 from adamw_triton.storage import NoiseKey, StateTensors
+from adamw_triton.storage.policies import BY_NAME as POLICIES_BY_NAME
+from adamw_triton.storage.policies import Policy
 
-from . import common, peers, records, timing
-from .policies import BY_NAME as POLICIES_BY_NAME
-from .policies import Policy
-from .records import Record
-from .throughput import FREE_SHARE, can_measure, free_bytes, needed_bytes, noise_key, size, size_name, step_scalars
+from .. import common, peers, records, timing
+from ..records import Record
+from ..throughput import FREE_SHARE, can_measure, free_bytes, needed_bytes, noise_key, size, size_name, step_scalars
 
 DESCRIPTION = """\
 Sweeps block size, warps (and with them elements per thread) and the hint to the caches, of both kernels on scratch

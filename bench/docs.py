@@ -22,11 +22,15 @@ from typing import Any
 from . import common, paper, records
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/distributed.md")
 BLOCK = re.compile(r"(<!-- table (\w+)(?: (\S+))? -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 DESCRIPTION = """\
-Rewrite the tables of README.md and docs/distributed.md from the results that they name; with --check, write nothing
-and fail if one of them does not agree."""
+Rewrite the tables of README.md and docs/ from the results that they name; with --check, write nothing and fail if one
+of them does not agree."""
+
+
+def pages() -> list[str]:
+    """Names of all pages, from the root."""
+    return ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
@@ -243,19 +247,17 @@ def rewritten(text: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    parser = common.Parser("readme", DESCRIPTION)
+    parser = common.Parser("docs", DESCRIPTION)
     parser.add_argument("--check", action="store_true", help="write nothing; fail if a table does not agree")
     options = parser.parse(argv)
     status = 0
-    for name in PAGES:
+    for name in pages():
         page = ROOT / name
-        if not page.exists():
-            continue
         text = page.read_text()
         new = rewritten(text)
         if not options.check:
             page.write_text(new)
         elif new != text:
-            print(f"{name} does not agree with bench/results: run python -m bench readme")
+            print(f"{name} does not agree with bench/results: run python -m bench docs")
             status = 1
     return status

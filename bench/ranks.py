@@ -1,23 +1,27 @@
-"""How a GPT is spread over processes: data, sharded and tensor parallel, as PyTorch does it.
+"""How a GPT is spread over processes as PyTorch does it, and what each of them does of a training run.
 
-What of PyTorch is slow to import is imported where it is used: the job on one process needs none of it.
+What of PyTorch is slow to import is imported where it is used. Nothing here draws.
 """
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .gpt import GPT
-from .loop import Features
+from .gpt import GPT, Sizes, batches, corpus
+from .trainer import VALIDATION_BATCHES, Contestant, Features, Run, Trainer
 
 STEPS = 40  # by default: fewer than of the job on one process, since four processes share what cores there are
 TP = 2  # processes that share a matrix, where there is data parallelism too
@@ -168,3 +172,70 @@ def _refused_features(name: str, features: Features) -> str | None:
     if features.amp and name in ("tp", "tp-fsdp2"):
         return f"got --amp with {name}; allowed: without, because GradScaler does not take parameters of several meshes"
     return None
+
+
+class RankTrainer(Trainer):
+    """A trainer in one of several processes."""
+
+    def spoil_gradients(self) -> None:
+        """Nothing: hooks of parameters are not called where gradients are sharded; see `backward`."""
+
+    @torch.no_grad()
+    def backward(self, loss: Tensor) -> None:
+        """As of one process, but that a gradient is spoiled afterwards, on the ranks that hold its first rows."""
+        with torch.enable_grad():
+            super().backward(loss)
+        if self.loop.features.skip_nonfinite and self.spoiled is not None:
+            grad = self.loop.params[self.spoiled].grad
+            if isinstance(grad, DTensor):
+                at = grad.device_mesh.get_coordinate()
+                assert at is not None
+                elsewhere = [
+                    i and not placement.is_replicate() for i, placement in zip(at, grad.placements, strict=True)
+                ]
+                grad = None if any(elsewhere) else grad.to_local()
+            if grad is not None and grad.numel():
+                grad.view(-1)[0] = torch.nan
+
+
+def train_rank(
+    rank: int, world: int, report: Callable[[Any], None], contestant: Contestant, options: Namespace
+) -> Run | None:
+    """Train in one of `world` processes; the run as rank 0 has it, with all weights, and None of the others."""
+    wrapper: Wrapper | None = WRAPPERS[options.distributed] if world > 1 else None
+    index, parts = wrapper.part(rank, world) if wrapper else (0, 1)
+    device: torch.device = options.device if options.device.type == "cpu" else torch.device("cuda", rank)
+    options = Namespace(**{**vars(options), "device": device})
+    torch.manual_seed(options.seed)
+    sizes = Sizes(options.layers, options.heads, options.width, options.context)
+    gpt = GPT(sizes).to(device, options.policy.param)
+    model: nn.Module = wrapper.wrap(gpt, device, world) if wrapper else gpt
+    trainer = (RankTrainer if wrapper else Trainer)(contestant, model, options)
+
+    def mine(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch
+        return inputs.chunk(parts)[index], targets.chunk(parts)[index]
+
+    training, validation = corpus()
+    drawn = {"batch": options.batch, "context": options.context}
+    # The only attention whose backward pass is deterministic on every GPU.
+    with sdpa_kernel(SDPBackend.MATH):
+        for batch in batches(training, **drawn, count=options.steps, seed=options.seed):
+            trainer.step(*mine(batch))
+            report(trainer.run.losses[-1])
+        held_out = batches(validation, **drawn, count=VALIDATION_BATCHES, seed=options.seed + 1)
+        run = trainer.finish([mine(batch) for batch in held_out])
+    return joined(run, device, world) if world > 1 else run
+
+
+def joined(run: Run, device: torch.device, world: int) -> Run | None:
+    """A run of all ranks: mean losses, the largest state, whole weights."""
+    losses = torch.tensor([*run.losses, run.validation_loss], dtype=torch.float64, device=device)
+    dist.all_reduce(losses)
+    *run.losses, run.validation_loss = (losses / world).tolist()
+    largest = torch.tensor(run.state_bytes, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    run.state_bytes = int(largest)
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # slow, which is no matter here
+    run.weights = [w.full_tensor() if isinstance(w, DTensor) else w for w in run.weights]
+    return run if dist.get_rank() == 0 else None

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from adamw_triton.storage import GROUP_SIZE
+from .eight_bit import GROUP_SIZE
 
 DTYPES = {
     "fp32": torch.float32,
@@ -51,7 +51,7 @@ class Policy:
 
     @property
     def dtype_names(self) -> tuple[str, str, str, str]:
-        """As `codegen.variants.Variant` calls them."""
+        """Short ones, like "bf16"."""
         param, grad, exp_avg, exp_avg_sq = map(dtype_name, self.dtypes)
         return param, grad, exp_avg, exp_avg_sq
 
