@@ -1,8 +1,12 @@
 """Without a GPU, kernels run in Triton's interpreter: that has to be decided before triton is imported."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # for bench; last, so that `kernels` is PyPI's where that is installed
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -15,7 +19,7 @@ import pairwise
 import pytest
 
 from adamw_triton import launch
-from bench.policies import Policy
+from adamw_triton.storage.policies import Policy
 
 if launch.INTERPRETED:
     import interpreter

@@ -20,6 +20,7 @@ def net(device, dtype=torch.float32):
     return nn.Sequential(nn.Linear(9, 40), nn.ReLU(), nn.Linear(40, 3)).to(device, dtype)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("unscale", [True, False])
 @pytest.mark.parametrize("foreach", [True, False])

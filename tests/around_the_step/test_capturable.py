@@ -27,6 +27,7 @@ def make_groups(device, n_groups):
     return [{"params": make_params(device), "lr": 10.0 ** -(i % 3 + 1)} for i in range(n_groups)]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("n_groups", [1, 5])
 @pytest.mark.parametrize("foreach", [True, False])
 def test_same_as_torch(n_groups, foreach, device, path):

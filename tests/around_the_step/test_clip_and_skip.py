@@ -88,6 +88,7 @@ class Race(Pair):
 KINDS = [(1e-3, None), (1.0, None), (1.0, None), (1e3, None), (1.0, INF), (1e-3, -INF), (1.0, NAN), (1e3, NAN)]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("foreach", [True, False, None])
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_clipping_and_skipping_as_by_hand(foreach, amsgrad, device, path):

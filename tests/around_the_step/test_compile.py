@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.lr_scheduler import LambdaLR
 
 from adamw_triton import AdamW, register_gradient_release
-from bench.policies import BY_NAME
+from adamw_triton.storage.policies import BY_NAME
 
 N_STEPS = 6
 # What torch itself says when it resumes after backward(), to a loss.
@@ -134,6 +134,7 @@ def test_with_other_options(name, options, device):
     assert int(pairs[1][1].skipped_steps) == ("skip_nonfinite" in options)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("how", ["the method", "a function"])
 def test_step_alone(how, device):
     """With gradients that come and go, options that change, and a state dict that is loaded."""

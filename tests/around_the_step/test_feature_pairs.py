@@ -10,7 +10,7 @@ from pairs import CLOSE, OPTIONS, assert_same, contents
 from torch import nn
 
 from adamw_triton import AdamW, launch, storage
-from bench.policies import POLICIES
+from adamw_triton.storage.policies import POLICIES
 
 NORM = {"rtol": 2e-6, "atol": 0.0}  # of two fp32 sums of squares
 

@@ -224,6 +224,7 @@ def test_the_same_bits_every_run_wherever_they_lie(device, path):
 # The clip factor
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("scale", [None, 1024.0, 3.0], ids=str)
 @pytest.mark.parametrize("max_norm", [1e-3, 0.1, 1, 7.5, 1000, INF])

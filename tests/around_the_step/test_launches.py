@@ -26,6 +26,7 @@ READS = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "num
 ALL = {"max_grad_norm": 5.0, "skip_nonfinite": True, "skip_grad_norm_above": 1e3, "statistics": True}
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("n_groups", [1, 4])
 @pytest.mark.parametrize("capturable", [False, True], ids=["", "capturable"])
 @pytest.mark.parametrize("scaler", [False, True], ids=["", "scaler"])

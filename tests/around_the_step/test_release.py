@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from weights import SHAPES, Released, Weights
 
 from adamw_triton import AdamW, launch, register_gradient_release
-from bench.policies import BY_NAME, POLICIES
+from adamw_triton.storage.policies import BY_NAME, POLICIES
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
@@ -57,6 +57,7 @@ def test_stochastic_rounding_has_noise_of_its_own_for_each_parameter(name, devic
     assert not torch.equal(first, second) and not torch.equal(first, third) and not torch.equal(second, third)
 
 
+@pytest.mark.fast
 def test_against_torch(device, path):
     ours = nn.Sequential(nn.Linear(9, 40), nn.Tanh(), nn.Linear(40, 3)).to(device)
     theirs = copy.deepcopy(ours)

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from weights import SHAPES, Released
 
 from adamw_triton import AdamW, register_gradient_release
-from bench.policies import BY_NAME
+from adamw_triton.storage.policies import BY_NAME
 
 # Accumulation, and step() next to it
 

@@ -68,6 +68,7 @@ class Counters:
         return torch.tensor(rows, dtype=torch.float64)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("n_params", [1, 127, 128, 300])
 def test_against_exact_numbers(n_params, device):
     """Of one program and of several, without what lies beyond the last parameter."""

@@ -25,7 +25,7 @@ from torch import nn
 from adamw_triton import AdamW, launch, storage
 from adamw_triton.hyperparams import Hyperparams
 from adamw_triton.storage import StateTensors
-from bench.policies import POLICIES
+from adamw_triton.storage.policies import POLICIES
 
 OPTIONS = {"lr": 3e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 SIZES = (1, 7, 129, 2501, (5, 384))
@@ -175,6 +175,7 @@ def test_options_of_the_update(options, device, path):
         assert optimizer.update_norm.item() == 0
 
 
+@pytest.mark.fast
 def test_with_clipping_and_a_scaler(device, path):
     params = [nn.Parameter(torch.randn(n, device=device)) for n in SIZES]
     optimizer = AdamW(params, **OPTIONS, statistics=True, max_grad_norm=1e-6)

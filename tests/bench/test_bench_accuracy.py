@@ -7,7 +7,7 @@ import torch
 
 from adamw_triton import launch
 from bench import accuracy, moments, records
-from bench.codes import CODES, dynamic_map
+from bench.moments import CODES, dynamic_map
 
 VALUES = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 1000)
 

@@ -104,6 +104,7 @@ def test_a_slowed_down_step_is_slower(tiny, monkeypatch):
             assert record["host_us"]["p20"] >= 2e4 and record["times_torch_fused"] < 1
 
 
+@pytest.mark.fast
 def test_launches_are_counted_one_by_one():
     params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(3)]
     for param in params:

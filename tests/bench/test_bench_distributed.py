@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from adamw_triton import AdamW
-from bench import report, train, train_distributed, wrappers
+from bench import ranks, train, train_distributed, train_report
 from bench.gpt import GPT, Sizes
 from bench.processes import ProcessError
-from bench.wrappers import WRAPPERS
+from bench.ranks import WRAPPERS
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--layers", "1", "--heads", "2", "--width", "32", "--context", "16", "--batch", "4", "--lr", "0.01"]
@@ -98,12 +98,12 @@ def test_ranks_share_a_batch(name):
         assert {count for _, count in parts} == {world // wrapper.copies(world)}
         count = parts[0][1]
         assert sorted(index for index, _ in parts) == sorted(list(range(count)) * (world // count))
-    assert wrappers.refused(options_of("--distributed", name)) is None, "its defaults are allowed"
+    assert ranks.refused(options_of("--distributed", name)) is None, "its defaults are allowed"
 
 
 def options_of(*argv):
     parsed = []
-    check = wrappers.refused
+    check = ranks.refused
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "refused", lambda options: parsed.append(options) or check(options) or "stop")
         with pytest.raises(SystemExit):
@@ -114,9 +114,9 @@ def options_of(*argv):
 def test_tolerances_allow_for_another_order_of_sums():
     """Those of one process are tighter; of low precision they are the same."""
     for steps in (1, 40, 4000):
-        one, several = (report.tolerances(torch.float32, steps, distributed=it) for it in (False, True))
+        one, several = (train_report.tolerances(torch.float32, steps, distributed=it) for it in (False, True))
         assert all(one[key] <= several[key] <= 1e-2 for key in one)
-    assert report.tolerances(torch.bfloat16, 40, distributed=True) == report.tolerances(torch.bfloat16, 40)
+    assert train_report.tolerances(torch.bfloat16, 40, distributed=True) == train_report.tolerances(torch.bfloat16, 40)
 
 
 def test_clipping_is_folded_where_it_can_be():
@@ -169,11 +169,11 @@ def test_gpus_are_counted(monkeypatch):
     options = options_of("--distributed", "fsdp2")
     options.device = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert "got 4 processes and 3 GPUs; allowed: as many GPUs, or --device cpu" in wrappers.refused(options)
+    assert "got 4 processes and 3 GPUs; allowed: as many GPUs, or --device cpu" in ranks.refused(options)
     options.processes = [2]
-    assert wrappers.refused(options) is None
+    assert ranks.refused(options) is None
     options.device = torch.device("cuda", 1)
-    assert "got --device cuda:1; allowed: cpu, or cuda" in wrappers.refused(options)
+    assert "got --device cuda:1; allowed: cpu, or cuda" in ranks.refused(options)
 
 
 def test_plots_any_number_of_runs(tmp_path):
@@ -184,6 +184,6 @@ def test_plots_any_number_of_runs(tmp_path):
         "conditions": {"device_name": "a CPU", "path": "eager", "torch": "2", "date": "2026-01-01T"},
         "model": {"parameters": Sizes(1, 2, 32, 16).parameters(), "policy": "fp32"},
     }
-    report.plot(found, tmp_path / "loss.png")
+    train_report.plot(found, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     assert sum(p.numel() for p in GPT(Sizes(1, 2, 32, 16)).parameters()) == found["model"]["parameters"]

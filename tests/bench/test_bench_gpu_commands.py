@@ -9,8 +9,9 @@ from torch.autograd import DeviceType
 
 from adamw_triton import AdamW, launch, launch_group
 from adamw_triton.storage import StateTensors
-from bench import common, cpu, dist, models, peers, records, roofs, throughput, timing, tune
-from bench.policies import BY_NAME, POLICIES
+from adamw_triton.storage.policies import BY_NAME, POLICIES
+from bench import common, cpu, dist, models, peers, records, throughput, timing
+from bench.codegen import roofs, tune
 
 CPU = torch.device("cpu")
 needs_kernels = pytest.mark.skipif(not launch.INTERPRETED, reason="on CPU tensors kernels need TRITON_INTERPRET=1")
@@ -337,7 +338,7 @@ def test_commands_mark_what_they_cannot_measure(module, count, tmp_path, capsys)
     assert module.main(["--json", str(path)]) == 0
     found = records.read(path)["records"]
     assert len(found) == count or module is models
-    assert all(row["error"].startswith("no GPU") and row["command"] == module.__name__[6:] for row in found)
+    assert all(row["error"].startswith("no GPU") and row["command"] == module.__name__.split(".")[-1] for row in found)
     assert not any(isinstance(value, float) for row in found for value in row.values())
     assert json.loads(path.read_text())["conditions"]["command"].startswith(f"python -m bench {module.__name__[6:]}")
     assert "no GPU" in capsys.readouterr().out

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from adamw_triton import launch
+from adamw_triton.storage.policies import BY_NAME, POLICIES
 from bench import common, features, models, peers
-from bench.policies import BY_NAME, POLICIES
 
 CPU = torch.device("cpu")
 

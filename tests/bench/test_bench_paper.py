@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import paper, readme, records, shapes
+from bench import docs, paper, records, shapes
 from bench.paper import CLUSTERS, STORAGES
 
 BY_NAME = {storage.name.split(", ", 1)[1]: storage for storage in STORAGES if not storage.name.startswith("torch")}
@@ -49,15 +49,15 @@ def test_both_of_torchs_rows_are_read_off_the_table():
 
 
 def test_the_page_has_these_tables():
-    """Between its markers; `test_the_readme_agrees_with_the_committed_results` compares every page with its results."""
-    page = (readme.ROOT / "docs" / "distributed.md").read_text()
-    blocks = {match[2]: match[4] for match in readme.BLOCK.finditer(page)}
-    assert blocks["paper"] == readme.on_paper()
-    assert readme.rewritten(page) == page
+    """Between its markers; `test_pages_agree_with_the_committed_results` compares every page with its results."""
+    page = (docs.ROOT / "docs" / "distributed.md").read_text()
+    blocks = {match[2]: match[4] for match in docs.BLOCK.finditer(page)}
+    assert blocks["paper"] == docs.on_paper()
+    assert docs.rewritten(page) == page
 
 
 def test_pages_are_rewritten_and_checked(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
     spread = {"p20": 1.0, "median": 2.0, "p80": 3.0, "n": 3}
     found = [
         {
@@ -83,14 +83,14 @@ def test_pages_are_rewritten_and_checked(tmp_path, monkeypatch, capsys):
     }
     for name, text in pages.items():
         (tmp_path / name).write_text(text)
-    assert readme.main(["--check"]) == 1
+    assert docs.main(["--check"]) == 1
     assert capsys.readouterr().out.count("does not agree") == 2
-    assert readme.main([]) == 0 and readme.main(["--check"]) == 0
+    assert docs.main([]) == 0 and docs.main(["--check"]) == 0
     page = (tmp_path / "docs/distributed.md").read_text()
     assert "| adamw_triton | 500 | 12.0 | 6.0 | 500 | 12.0 | 6.0 | 0 | 2 |" in page
     assert "| torch fused | 6,000 | 1.0 | 0.5 | 6,000 | 1.0 | 0.5 |  |  |" in page and "17.64" in page
     assert "| resnet-50, fp32 | adamw_triton fp32 | 2.0 | 1.10 |" in (tmp_path / "README.md").read_text()
 
     (tmp_path / "docs/distributed.md").write_text(page.replace("17.64", "17.65"))
-    assert readme.main(["--check"]) == 1
+    assert docs.main(["--check"]) == 1
     assert "docs/distributed.md does not agree" in capsys.readouterr().out

@@ -6,8 +6,8 @@ import torch
 
 from adamw_triton import launch
 from adamw_triton.storage import StateTensors
+from adamw_triton.storage.policies import BY_NAME, POLICIES, Policy
 from bench import peers
-from bench.policies import BY_NAME, POLICIES, Policy
 
 CPU = torch.device("cpu")
 SHAPES = [(9, 7), (33,), (3, 128)]

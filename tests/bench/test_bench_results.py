@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import compare, host, plot, readme, records, suite
+from bench import compare, docs, host, plot, records, suite
 
 WITH_JSON = ("static", "host", "arithmetic", "accuracy", "throughput", "models", "tune")
 
@@ -115,6 +115,7 @@ def test_records_are_read_back_and_others_refused(tmp_path):
         records.read(path)
 
 
+@pytest.mark.fast
 def test_compare_marks_what_changed_beyond_its_spread(tmp_path, capsys):
     before = document(tmp_path, host_records(), "a.json")
     assert compare.main([str(before), str(document(tmp_path, host_records(1.05), "b.json"))]) == 0
@@ -140,26 +141,27 @@ def test_plots_render_from_json_alone(tmp_path, capsys):
 
 
 def test_readme_tables(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    monkeypatch.setattr(docs, "ROOT", tmp_path)
     document(tmp_path, all_records())
     text = (
         "before\n<!-- table host result.json -->\nold\n<!-- end -->\n<!-- table static result.json -->\n<!-- end -->\n"
         "<!-- table features result.json -->\n<!-- end -->\n<!-- table norm result.json -->\n<!-- end -->\n"
     )
     (tmp_path / "README.md").write_text(text)
-    assert readme.main(["--check"]) == 1
+    assert docs.main(["--check"]) == 1
     assert (tmp_path / "README.md").read_text() == text
-    assert readme.main([]) == 0
+    assert docs.main([]) == 0
     new = (tmp_path / "README.md").read_text()
     assert "| adamw_triton | 4 | 40 |  |" in new and "| fp32 | table | 28 | 36.1 |" in new and "old" not in new
     assert "| factor and flag: clip, unscale, skip | 2.0 |" in new and "| sm_90 | fp32 |" in new
     assert "| bf16 | sm_90 | 2 | 4.4 | 16 | H100 20 |" in new
     assert new.startswith("before\n")
-    assert readme.main(["--check"]) == 0
+    assert docs.main(["--check"]) == 0
 
 
-def test_the_readme_agrees_with_the_committed_results():
-    assert readme.main(["--check"]) == 0
+@pytest.mark.fast
+def test_pages_agree_with_the_committed_results():
+    assert docs.main(["--check"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,7 @@ def test_the_readme_agrees_with_the_committed_results():
         ("compare", ["nothing.json", "nothing.json"], "nothing.json is not a result"),
         ("plot", ["nothing.json"], "nothing.json is not a result"),
         ("suite", ["--only", "everything"], "invalid choice: 'everything'"),
-        ("readme", ["--what"], "unknown option '--what'"),
+        ("docs", ["--what"], "unknown option '--what'"),
         *((name, ["--json", "."], "this is a folder") for name in WITH_JSON),
         ("host", ["--json", "pyproject.toml/result.json"], "allowed: a folder to write to"),
         ("suite", ["--output", "."], "this is a folder"),
@@ -253,7 +255,8 @@ def test_suite_writes_what_every_command_measured(tmp_path):
 from bench import cpu, dist, host, shapes, suite
 from bench.codegen import static
 host.COUNTS = (10, 161, 1000)
-static.FEATURED = static.FEATURED[:2]
+static.FEATURED, static.FEATURE_TARGETS = static.FEATURED[:1], static.FEATURE_TARGETS[:1]
+static.TARGETS = ("sm_90", "gfx942")
 static.BY_NAME = {{name: static.BY_NAME[name] for name in static.FEATURED}}
 shapes.MODELS["tiny"] = lambda: [(256, 128), (256,)]
 dist.MODELS = {{"tiny": shapes.MODELS["tiny"]}}
@@ -262,7 +265,7 @@ suite.main(["--output", {str(path)!r}])
 """
     command = [sys.executable, "-c", code]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    subprocess.run(command, check=True, cwd=readme.ROOT, env=environment, timeout=1800)  # if it hangs
+    subprocess.run(command, check=True, cwd=docs.ROOT, env=environment, timeout=1800)  # if it hangs
     by_command = {}
     for record in records.read(path)["records"]:
         by_command.setdefault(record["command"], []).append(record)

@@ -26,6 +26,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", MODELS)
 def test_published_counts(name):
     assert (len(shapes.shapes(name)), elements(shapes.shapes(name))) == PUBLISHED[name]

@@ -14,8 +14,7 @@ import torch
 from adamw_triton import AdamW, launch
 from bench import __main__ as bench
 from bench import train
-from bench.data import batches, corpus
-from bench.gpt import GPT, Sizes
+from bench.gpt import GPT, Sizes, batches, corpus
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--layers", "1", "--heads", "2", "--width", "16", "--context", "16", "--batch", "4", "--lr", "0.01"]
@@ -49,25 +48,24 @@ FEATURES = {
     "release": ["--release"],
     "capturable": ["--capturable"],
 }
-PAIRS = [
-    (a, b) for a, b in itertools.combinations_with_replacement(FEATURES, 2)
-    if {a, b} not in ({"clip", "release"}, {"amp", "release"})
-]  # fmt: skip
+# Clipping and AMP are not combined with gradient release, which steps before all gradients are there.
+ALL_TOGETHER = [("clip", "amp", "skip", "capturable"), ("skip", "release", "capturable")]
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "policy"),
-    [(a, b, "fp32") for a, b in PAIRS] + [(a, a, "bf16-master24-8bit") for a in FEATURES],
-    ids=lambda name: name,
+    ("names", "policy"),
+    [((name,), policy) for name in FEATURES for policy in ("fp32", "bf16-master24-8bit")]
+    + [(names, "fp32") for names in ALL_TOGETHER],
+    ids=lambda value: value if isinstance(value, str) else "+".join(value),
 )
-def test_features_end_where_torchs_passes_end(first, second, policy, tmp_path, monkeypatch):
-    if first != second:  # in the eager step: kernels take pairs in test_feature_pairs.py
+def test_features_end_where_torchs_passes_end(names, policy, tmp_path, monkeypatch):
+    if len(names) > 1:  # in the eager step: kernels take pairs in test_feature_pairs.py
         monkeypatch.setattr(launch, "has_kernels", lambda device: False)
-    argv = [*FEATURES[first], *(FEATURES[second] if second != first else []), "--policy", policy]
+    argv = [*itertools.chain.from_iterable(FEATURES[name] for name in names), "--policy", policy]
     assert train.main([*TINY, "--steps", "9", *argv, "--output", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "train.json").read_text())
-    assert set(report["training"]["folded"]) == {first, second}
-    if "skip" in (first, second):
+    assert set(report["training"]["folded"]) == set(names)
+    if "skip" in names:
         losses = report["runs"][1]["losses"]
         assert len(losses) == 9 and all(map(math.isfinite, losses))
 
@@ -84,6 +82,7 @@ def test_a_feature_that_does_nothing_is_found_out(tmp_path, monkeypatch):
     assert train.main([*TINY, *argv], ours=Unclipped) == 1
 
 
+@pytest.mark.fast
 def test_one_step(tmp_path):
     assert train.main([*TINY, "--steps", "1", "--output", str(tmp_path)]) == 0
 
@@ -190,6 +189,7 @@ def test_data_is_real_and_the_same_every_time():
     assert not torch.equal(other[0], first[0][0])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("sizes", [Sizes(1, 2, 16, 8), Sizes(3, 4, 256, 64)], ids=str)
 def test_parameter_count(sizes):
     model = GPT(sizes)

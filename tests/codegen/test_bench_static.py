@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 
 from adamw_triton.storage import GROUP_SIZE
+from adamw_triton.storage.policies import BY_NAME, POLICIES
 from bench import records
 from bench.codegen import devices, static
 from bench.codegen.devices import DEVICES, Device
 from bench.codegen.machine_code import IN_A_ROW, Failure, MachineCode
 from bench.codegen.variants import KERNELS, TARGETS, Variant
-from bench.policies import BY_NAME, POLICIES
 
 pytest.importorskip("triton")
 

@@ -35,6 +35,7 @@ def analyse_sass(text):
     return analyse(parse_sass(text), threads=128, elements=4, stored_bytes=16, **NONE)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("text", [TAIL_LAST, TAIL_FIRST], ids=["tail last", "tail first"])
 def test_finds_the_full_block_path(text):
     code = analyse_sass(text)
@@ -127,6 +128,7 @@ def test_sees_calls_barriers_and_shared_memory(line):
         assert_nothing_but_global_memory(code)
 
 
+@pytest.mark.fast
 def test_sees_spills():
     with pytest.raises(AssertionError):
         assert_nothing_but_global_memory(replace(analyse_sass(TAIL_LAST), spills=1))

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import triton
 
+from adamw_triton.storage.policies import BY_NAME, DTYPES
 from bench.codegen.devices import DEVICES
 from bench.codegen.static import FEATURE_TARGETS, FEATURED, FEATURES, NORM_DTYPES
 from bench.codegen.variants import NORM, SCALARS, TARGETS, Variant
-from bench.policies import BY_NAME, DTYPES
 
 NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 # Instructions per element. Reducing over the lanes of a warp costs a thread of 4 elements as much as one of 8.

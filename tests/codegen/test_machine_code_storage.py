@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from machine_code_checks import targets_and_kernels
 
+from adamw_triton.storage.policies import BY_NAME, POLICIES
 from bench.codegen.machine_code import IN_A_ROW
 from bench.codegen.variants import KERNELS, TARGETS, Variant
-from bench.policies import BY_NAME, POLICIES
 
 TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
 
@@ -80,6 +80,7 @@ def test_instructions_per_element(variants, for_each):
     for_each(variants, check)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("name", "most"), [("bf16-master24-8bit", 56), ("bf16-master24-8bit-stochastic", 82)])
 def test_the_smallest_policy_is_bound_by_memory(name, most, for_each):
     """An H100 can issue 105 instructions for each 12 bytes, an H200 75."""

@@ -29,6 +29,7 @@ def train(model, optimizer, steps):
         optimizer.step()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("implementation", TORCH, ids=str)
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("convert", [copy.deepcopy, through_file], ids=["in memory", "file"])
@@ -118,6 +119,7 @@ def test_dtype_of_state_survives(state_dtype, device, path):
     assert optimizer.state_dict()["state"][0]["exp_avg"].dtype == state_dtype
 
 
+@pytest.mark.fast
 def test_resume_is_bit_exact(device, path):
     model = make_model(device)
     optimizer = AdamW(model.parameters(), amsgrad=True, **OPTIONS)

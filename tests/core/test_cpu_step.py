@@ -52,6 +52,7 @@ def assert_same_bits(one, other):
             assert torch.equal(bits(a), bits(b))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"maximize": True}, {"weight_decay": 0.0}, {"lr": torch.tensor(3e-3)}], ids=str

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
 from adamw_triton import AdamW, adamw_
-from bench.policies import POLICIES
+from adamw_triton.storage.policies import POLICIES
 
 
 def step_exactly(param, grad, exp_avg, exp_avg_sq, *, step, lr, betas, eps, weight_decay, maximize=False):
@@ -23,6 +23,7 @@ def step_exactly(param, grad, exp_avg, exp_avg_sq, *, step, lr, betas, eps, weig
     return p - lr * (update + weight_decay * (update * p >= 0) * p)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("n", [1, 1000, 1025, 3000])
@@ -105,6 +106,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("tensor_lr", [False, True])

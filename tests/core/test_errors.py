@@ -25,6 +25,7 @@ BAD_HYPER = [
 ]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("options", "message"), BAD_HYPER, ids=lambda x: str(x)[:40])
 def test_hyper_parameters(options, message):
     with pytest.raises(ValueError, match=message):
@@ -142,6 +143,7 @@ def state_that_is_no_tensor(p):
     return {"exp_avg": 0.0}
 
 
+@pytest.mark.fast
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # of torch 2.11
 @pytest.mark.parametrize(
     ("spoil", "message"),

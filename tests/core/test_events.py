@@ -379,6 +379,7 @@ FREE = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("i, foreach", WHERE)
 @pytest.mark.parametrize("event", FREE.values(), ids=FREE.keys())
 def test_everyday_events_launch_what_was_launched_before(event, i, foreach, device, path, launches):

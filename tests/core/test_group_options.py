@@ -217,6 +217,7 @@ def copies(optimizer):
     }
 
 
+@pytest.mark.fast
 def test_copies_have_the_options(path):
     optimizer = AdamW([{"params": [p], "lr": 0.1 * (i + 1)} for i, p in enumerate(bf16_params())], **ALL)
     step(optimizer)

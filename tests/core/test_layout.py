@@ -33,6 +33,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("grad_layout", ["like", "contiguous", "transposed", "expanded", "strided"])
 @pytest.mark.parametrize("foreach", [True, False])

@@ -131,6 +131,7 @@ def test_unwritten_weights_keep_their_masters(device, options, path):
     assert same == [True, False, True, True]
 
 
+@pytest.mark.fast
 def test_elements_written_in_place(device, options, path):
     model, optimizer = stepped(device, options)
     masters = masters_of(model, optimizer)

@@ -101,6 +101,7 @@ def test_as_torch(name, foreach, n_groups, device, path):
         assert_like_torch(optimizer, ours, reference, theirs, path)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("foreach", [None, False])
 @pytest.mark.parametrize("options", [{"amsgrad": True}, {"maximize": True}, {"lr": torch.tensor(1e-2)}], ids=str)
 def test_options_as_torch(options, foreach, device, path):

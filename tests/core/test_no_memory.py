@@ -117,6 +117,7 @@ def assert_steps(optimizer, param):
     assert not torch.equal(before, param)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("kind", sorted(MAKERS.keys() - {"DTensor"}), indirect=True)
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("first", [True, False], ids=["first of two", "second of two"])

@@ -14,6 +14,7 @@ import adamw_triton
 from adamw_triton import AdamW, launch
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("foreach", [None, True, False])
 @pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"maximize": True, "weight_decay": 0.0}], ids=str)
@@ -64,6 +65,7 @@ def test_reference_path_gives_torchs_bits_on_fp32(device, monkeypatch):
     assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
 
 
+@pytest.mark.fast
 def test_signature_and_defaults_are_torchs():
     import inspect
 
@@ -111,6 +113,7 @@ def test_state_is_created_at_the_first_update(device, path):
     assert list(optimizer.state[model.linear.weight]) == ["step", "exp_avg", "exp_avg_sq"]
 
 
+@pytest.mark.fast
 def test_groups_have_options_of_their_own_and_can_be_added(device, path):
     def groups(model):
         return [
@@ -207,6 +210,7 @@ def test_schedulers(make, device, path):
     assert_same(ours, theirs, mine, reference)
 
 
+@pytest.mark.fast
 def test_closure_hooks_and_profiler(device, path):
     param = nn.Parameter(torch.ones(5, device=device))
     optimizer = AdamW([param], lr=0.1)

@@ -33,6 +33,7 @@ def names(model, groups):
     return [{known[id(p)] for p in group["params"]} for group in groups]
 
 
+@pytest.mark.fast
 def test_split():
     model = Model()
     groups = param_groups_weight_decay(model, 0.1, lr=3e-4)

@@ -48,6 +48,7 @@ def assert_plain(optimizer):
     assert {type(value) for entry in optimizer.state.values() for value in entry.values()} == {torch.Tensor}
 
 
+@pytest.mark.fast
 def test_types(device, options, path):
     ours, _, mine, _ = make(device, options)
     assert type(mine.state) is defaultdict and type(mine.state[ours[0]]) is dict

@@ -21,6 +21,7 @@ def make(device, n=4, **options):
     return ours, theirs, AdamW(ours, **OPTIONS, **options), torch.optim.AdamW(theirs, foreach=False, **OPTIONS)
 
 
+@pytest.mark.fast
 def test_one_launch_for_each_bucket(device, launches):
     ours, theirs, mine, reference = make(device, 7)
     step_both(ours, theirs, mine, reference)
@@ -79,6 +80,7 @@ def built(monkeypatch):
     return seen
 
 
+@pytest.mark.fast
 def test_a_steady_step_builds_nothing(device, built):
     ours, theirs, mine, reference = make(device)
     step_both(ours, theirs, mine, reference)
@@ -90,6 +92,7 @@ def test_a_steady_step_builds_nothing(device, built):
     assert len(built) == 1
 
 
+@pytest.mark.fast
 def test_a_steady_step_uploads_nothing_and_allocates_nothing(device, monkeypatch):
     ours, theirs, mine, reference = make(device)
     step_both(ours, theirs, mine, reference)

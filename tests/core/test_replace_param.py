@@ -86,6 +86,7 @@ def test_rows(name, cut, shape, device, path):
     assert optimizer.state[new]["step"] == step + 1 and new.isfinite().all()
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", EIGHT)
 def test_kept_rows_step_as_if_nothing_had_happened(name, device, path):
     (param,), optimizer = stepped([(8, 256)], name, device)

@@ -92,6 +92,7 @@ def test_parts(shape, mesh, order):
 SHAPES = [(8, 6), (7, 3), (5, 4), (3, 128), (1, 5), (17,)]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(("shape", "dim"), [(shape, dim) for shape in SHAPES for dim in range(len(shape))], ids=str)
 @pytest.mark.parametrize(("data", "tensor"), [(2, 2), (2, 4), (4, 2), (3, 3), (4, 1), (1, 4)])
 def test_parts_of_fsdp2_over_tensor_parallel(shape, dim, data, tensor):

@@ -114,6 +114,7 @@ def test_copies_are_plain(convert, device):
     assert copied.state is not optimizer.state
 
 
+@pytest.mark.fast
 def test_state_dicts_are_plain_and_load_as_weights_only(device):
     params, optimizer = stepped(device)
     state_dict = optimizer.state_dict()

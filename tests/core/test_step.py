@@ -49,6 +49,7 @@ def step_by_optimizer(tensors, *, foreach, step=5, **options):
     return optimizer
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtypes", MIXES, ids=mix_id)
 def test_every_mix_of_storage(dtypes, device, path):
     tensors = random_state((1031,), dtypes, device)
@@ -57,6 +58,7 @@ def test_every_mix_of_storage(dtypes, device, path):
     assert_step(before, tensors, step=7, **OPTIONS)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("dtypes", [(dtype,) * 4 for dtype in DTYPES], ids=mix_id)
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("maximize", [False, True])
@@ -148,6 +150,7 @@ def test_range_of_gradients(scale, eps, device, path):
 SPECIAL = [0.0, -0.0, 1e-45, -1e-40, 1e-38, 1e20, -1e25, 3e38, float("inf"), -float("inf"), float("nan")]
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("beta1", [0.0, 0.3, 0.9])

@@ -45,6 +45,7 @@ def closure_of(param):
     return closure
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
 @pytest.mark.parametrize("register", REGISTER.values(), ids=REGISTER)
 def test_each_hook_alone(register, make, device):

@@ -64,6 +64,7 @@ def test_a_cycle_would_be_found():
     assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) is None
 
 
+@pytest.mark.fast
 def test_imports_go_one_way():
     edges = graph()
     assert {"plan", "launch"} <= edges["optimizer"] | edges["plan"], "imports are not seen"
@@ -90,6 +91,7 @@ def test_rooms_are_entered_by_one_door(who, whom):
             assert not reached or name == "launch", f"{name} imports {reached}"
 
 
+@pytest.mark.fast
 def test_files_are_short():
     folders = ("adamw_triton", "kernels", "bench", "tests")
     lengths = {path: len(path.read_text().splitlines()) for folder in folders for path in (ROOT / folder).rglob("*.py")}

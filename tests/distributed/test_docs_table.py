@@ -15,6 +15,7 @@ def test_there_is_a_table():
     assert len(ROWS) > 15
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.split("|")[1].strip())
 def test_row(row):
     named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", row.split("|")[3])

@@ -98,6 +98,7 @@ def bytes_of_state(deal, storage):
     return told.total, found, told.global_total, whole, str(told)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("storage", ["fp32", "master24-8-bit"])
 def test_bytes_of_this_rank_and_of_all(world2, storage):
     results = world2.run(bytes_of_state, deal="fsdp2", storage=storage)

@@ -43,6 +43,7 @@ CASES = {
 }
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", CASES)
 def test_which_parameters_have_8_bits(name, device, path):
     make, expected = CASES[name]

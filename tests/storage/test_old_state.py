@@ -32,6 +32,7 @@ def loaded(case, device, **options):
     return params, optimizer
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", NAMES)
 def test_it_loads_with_every_bit(name, device, path):
     """Into the same storage. Moments that are floats now have the values that were decoded before."""

@@ -45,6 +45,7 @@ def test_indices_of_a_part(offset, row_size, more, n):
     assert key.is_of_part == (part != (0, 0, 0))
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("part", PARTS, ids=str)
 def test_bits_of_a_part_are_those_of_its_elements(part):
     """Bit for bit, each element on its own."""

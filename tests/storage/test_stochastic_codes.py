@@ -149,6 +149,7 @@ def test_mean_over_seeds(name, device, path):
     assert errors.abs().max() < 6 * 0.5 / seeds**0.5
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", MOMENTS)
 def test_kernel_and_eager_codes_are_the_same_bits(name, device):
     """On a GPU reciprocal roots are approximate: a code may differ where it is a matter of the last bit."""

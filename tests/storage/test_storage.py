@@ -10,7 +10,7 @@ from torch import nn
 
 from adamw_triton import AdamW, adamw_, launch, storage
 from adamw_triton.storage import rounding
-from bench.policies import POLICIES
+from adamw_triton.storage.policies import POLICIES
 
 OPTIONS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 CODED = [policy for policy in POLICIES if not policy.is_plain]
@@ -24,6 +24,7 @@ SHAPES = [*((n,) for n in SIZES), (1, 128), (3, 128), (2, 256), (8, 128), (2, 10
 # The formats
 
 
+@pytest.mark.fast
 def test_split_is_exact_with_16_bits():
     weights = torch.randint(-(2**31), 2**31, (200_000,)).to(torch.int32).view(torch.float32)
     high, remainder = storage.split(weights, torch.int16)
@@ -80,6 +81,7 @@ def test_special_weights_through_a_step_that_changes_nothing(dtype, device, path
     assert torch.equal(remainder[others], before[1][others])
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("name", ["exp_avg", "exp_avg_sq"])
 @pytest.mark.parametrize("size", SIZES)
 def test_codes_decode_to_what_they_say(name, size):
@@ -115,6 +117,7 @@ def test_codes_of_special_blocks():
     torch.testing.assert_close(storage.decode("exp_avg_sq", codes, scale), tiny)
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize(
     ("rounds", "words"),
     [
@@ -177,6 +180,7 @@ def tolerance(policy):
     return 1e-6
 
 
+@pytest.mark.fast
 @pytest.mark.parametrize("policy", EIGHT, ids=lambda policy: policy.name)
 def test_one_step_of_8_bit_moments_is_the_definition(policy, device, path):
     """Decode in float64, step, and compare the decoded result within half a code, or one if rounded stochastically."""

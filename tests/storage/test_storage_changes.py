@@ -52,6 +52,7 @@ def test_option_changed_to_what_cannot_be_is_refused(name, value, device, path):
     assert not optimizer.state and torch.equal(param, torch.ones_like(param))
 
 
+@pytest.mark.fast
 def test_option_changed_to_what_can_be_converts_the_state(device, path):
     param = nn.Parameter(torch.randn(3, 128, device=device).bfloat16())
     optimizer = AdamW([param])

@@ -8,7 +8,7 @@ from helpers import truncates_bf16
 from torch import nn
 
 from adamw_triton import AdamW, adamw_, launch, storage
-from bench.policies import POLICIES
+from adamw_triton.storage.policies import POLICIES
 
 OPTIONS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 CODED = [policy for policy in POLICIES if not policy.is_plain]
@@ -81,6 +81,7 @@ def test_parameters_have_bits_of_their_own(device, path):
     assert not torch.equal(*twins)
 
 
+@pytest.mark.fast
 def test_slices_with_offsets_are_the_whole(device, path):
     """As sharding needs it, also where a slice begins inside of the 8 elements that share a Philox call."""
     n = 3000

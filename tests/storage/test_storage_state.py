@@ -9,7 +9,7 @@ from helpers import bits, fp32_from_bits
 from torch import nn
 
 from adamw_triton import AdamW, adamw_, storage
-from bench.policies import POLICIES
+from adamw_triton.storage.policies import POLICIES
 
 OPTIONS = {"lr": 3e-2, "betas": (0.9, 0.95), "eps": 1e-6, "weight_decay": 0.1}
 CODED = [policy for policy in POLICIES if not policy.is_plain]
