@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: list[str]) -> argparse.Namespace:
         options, unknown = self.parse_known_args(argv)
         if unknown:
-            allowed = ", ".join(action.option_strings[-1] for action in self._actions)
+            allowed = ", ".join(action.option_strings[-1] for action in self._actions if action.option_strings)
             self.error(f"unknown option {unknown[0]!r}; allowed: {allowed}")
         return options
 

@@ -83,4 +83,6 @@ def cell(quantity: Any) -> str:
         return ""
     if isinstance(quantity, Mapping):
         return f"{cell(quantity['median'])} ({cell(quantity['p20'])} to {cell(quantity['p80'])})"
-    return f"{quantity:.4g}" if isinstance(quantity, float) else str(quantity)
+    if isinstance(quantity, float):
+        return f"{quantity:,.0f}" if 1e4 <= abs(quantity) < 1e9 else f"{quantity:.4g}"
+    return str(quantity)

@@ -15,6 +15,7 @@ DESCRIPTION = """\
 Write one self-contained HTML page from a result: its conditions, its plots, and a table for each command, sorted by a
 click on a heading. With a second result, the page lists what noise does not explain, as `compare` does."""
 TEMPLATE = Path(__file__).with_name("report.html")
+OURS = "adamw_triton"
 HIDDEN = {"command", "case", "provider", "losses", "spans"}
 
 
@@ -29,7 +30,7 @@ def cells(record: records.Record, columns: list[str]) -> list[dict[str, Any]]:
 
 
 def tables(found: list[records.Record]) -> list[dict[str, Any]]:
-    """A table for each command: columns that some record has, rows, and what failed."""
+    """A table for each command: columns that some record has, and whether they are text; rows; what failed."""
     made = []
     for command in dict.fromkeys(record["command"] for record in found):
         of_command = [record for record in found if record["command"] == command]
@@ -38,10 +39,17 @@ def tables(found: list[records.Record]) -> list[dict[str, Any]]:
             name for name in dict.fromkeys(name for record in measured for name in record)
             if name not in HIDDEN and not any(isinstance(record.get(name), list) for record in measured)
         ]  # fmt: skip
-        columns = ["case", "provider", *names]
-        rows = [cells(record, columns) for record in measured]
+        providers = {record["provider"] for record in measured}
+        columns = ["case", *(["provider"] if len(providers) > 1 else []), *names]
+        rows = [
+            {"cells": cells(record, columns), "is_ours": len(providers) > 1 and record["provider"].startswith(OURS)}
+            for record in measured
+        ]
+        is_text = [all(row["cells"][i]["number"] is None for row in rows) for i in range(len(columns))]
         errors = [f"{r['case']}, {r['provider']}: {r['error']}" for r in of_command if "error" in r]
-        made.append({"command": command, "columns": columns, "rows": rows, "errors": errors})
+        made.append(
+            {"command": command, "columns": list(zip(columns, is_text, strict=True)), "rows": rows, "errors": errors}
+        )
     return made
 
 

@@ -86,7 +86,16 @@ def _pass_equal_operands():
     """Two blocks of one dtype and shape are what an operation takes; all else Triton brings to that."""
     check, broadcast = TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value
 
+    numbers = {}  # as blocks, by value and by dtype and shape of the other operand
+
     def check_unless_equal(self, lhs, rhs, *args, **kwargs):
+        if type(rhs) in (int, float) and type(lhs) is language.tensor and type(lhs.dtype) is language.dtype:
+            key = (repr(rhs), lhs.dtype.name, id(lhs.shape), args, *kwargs.items())  # -0.0 is equal to 0.0
+            if key not in numbers:
+                checked, block = check(self, lhs, rhs, *args, **kwargs)
+                numbers[key] = block if checked is lhs else None
+            if numbers[key] is not None:
+                return lhs, numbers[key]
         if type(lhs) is type(rhs) is language.tensor and lhs.shape is rhs.shape and lhs.dtype is rhs.dtype:
             is_division = len(args) > 3 or kwargs
             if type(lhs.dtype) is language.dtype and not is_division:

@@ -31,7 +31,7 @@ def run(*argv, ours="AdamW"):
 
 @pytest.mark.parametrize(
     ("wrapper", "processes", "more"),
-    [("fsdp2", [2], ["--skip-nonfinite"]), ("tp-fsdp2", [4], ["--policy", "fp32-8bit-stochastic"]), ("zero1", [2], [])],
+    [("fsdp2", [2], ["--skip-nonfinite"]), ("tp-fsdp2", [4], ["--policy", "fp32-8bit-stochastic"])],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_end_to_end(wrapper, processes, more, tmp_path):

@@ -5,13 +5,14 @@ import math
 import os
 import subprocess
 import sys
+from html.parser import HTMLParser
 from unittest import mock
 
 import pytest
 import torch
 
 from bench import __main__ as bench
-from bench import compare, docs, host, plot, records, suite
+from bench import compare, docs, host, plot, records, report, suite
 
 WITH_JSON = ("static", "host", "arithmetic", "accuracy", "throughput", "models", "tune")
 
@@ -128,6 +129,52 @@ def test_compare_marks_what_changed_beyond_its_spread(tmp_path, capsys):
     assert compare.ratio(spread(2.0, 1.25), spread(3.0, 1.25)) == pytest.approx((0.96, 1.5, 2.34375))
 
 
+class Page(HTMLParser):
+    """Text of each table's cells by row, the headings before tables, and what the page fetches."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.fetched, self.headings, self.inside = [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.inside = tag
+        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+        if tag in ("table", "tr", "td", "th"):
+            place = {"table": self.tables, "tr": self.tables[-1:]}.get(tag, self.tables[-1:] and self.tables[-1][-1:])
+            (place if tag == "table" else place[0]).append("" if tag in ("td", "th") else [])
+
+    def handle_data(self, data):
+        if self.inside in ("td", "th") and self.tables:
+            self.tables[-1][-1][-1] += data
+        if self.inside == "h2" and data.strip():
+            self.headings.append(data)
+
+    def handle_endtag(self, tag):
+        self.inside = ""
+
+
+def test_a_report_is_one_page_with_every_record(tmp_path, capsys):
+    before, path = document(tmp_path, host_records(), "a.json"), document(tmp_path, all_records(), "b.json")
+    assert report.main([str(path)]) == 0
+    text = path.with_suffix(".html").read_text()
+    page = Page(text)
+    commands = list(dict.fromkeys(record["command"] for record in all_records()))
+    assert page.headings == ["Conditions", "Plots", *commands]
+    assert all(link.startswith(("#", "data:image/png;base64,")) for link in page.fetched), "it needs nothing else"
+    of_host = page.tables[1 + commands.index("host")]
+    assert of_host[0] == ["case", "provider", "tensors", "host_us", "host_us_per_tensor"]
+    assert of_host[1] == ["10 tensors", "bare scan", "10", "2.5 (2.273 to 2.75)", "0.25"]
+    assert len(of_host) == 1 + len(host_records())
+    assert "gpt-2, torchao 8-bit: not installed" in text
+    slower = document(tmp_path, host_records(2.0), "c.json")
+    assert report.main([str(slower), "--against", str(before), "--output", str(tmp_path / "c.html")]) == 0
+    page = Page((tmp_path / "c.html").read_text())
+    assert page.headings[1] == "Differences"
+    quantity = ["host", "10 tensors", "adamw_triton", "host_us", "4", "8", "2.000"]
+    assert quantity in page.tables[1] and len(page.tables[1]) == 1 + 2
+
+
 def test_plots_render_from_json_alone(tmp_path, capsys):
     path = document(tmp_path, all_records())
     assert plot.main([str(path), "--output", str(tmp_path / "plots")]) == 0
@@ -173,6 +220,7 @@ def test_pages_agree_with_the_committed_results():
         ("plot", ["nothing.json"], "nothing.json is not a result"),
         ("suite", ["--only", "everything"], "invalid choice: 'everything'"),
         ("docs", ["--what"], "unknown option '--what'"),
+        ("report", ["a.json", "b.json"], "unknown option 'b.json'; allowed: --help, --against, --output"),
         *((name, ["--json", "."], "this is a folder") for name in WITH_JSON),
         ("host", ["--json", "pyproject.toml/result.json"], "allowed: a folder to write to"),
         ("suite", ["--output", "."], "this is a folder"),
@@ -254,7 +302,7 @@ def test_suite_writes_what_every_command_measured(tmp_path):
     code = f"""
 from bench import cpu, dist, host, shapes, suite
 from bench.codegen import static
-host.COUNTS = (10, 161, 1000)
+host.COUNTS = (10, 161)
 static.FEATURED, static.FEATURE_TARGETS = static.FEATURED[:1], static.FEATURE_TARGETS[:1]
 static.TARGETS = ("sm_90", "gfx942")
 static.BY_NAME = {{name: static.BY_NAME[name] for name in static.FEATURED}}

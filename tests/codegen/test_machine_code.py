@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from machine_code_checks import (
+    IS_COUNTED_VERSION,
     assert_each_byte_once,
     assert_nothing_but_global_memory,
     assert_wide,
@@ -18,8 +19,6 @@ from machine_code_checks import (
 from pairwise import pairwise
 
 from bench.codegen.variants import KERNELS, TARGETS, Variant
-
-TRITON_VERSION = tuple(map(int, pytest.importorskip("triton").__version__.split(".")[:2]))
 
 # Instructions per element that an H200 has time for while it moves 12 bytes, the least that is planned.
 LIMIT = 75
@@ -36,7 +35,7 @@ INSTRUCTIONS = {
     "control": (35.4, 35.3, 29.8, 31.8),
     "unaligned": (39.2, 39.7, 32.0, 43.9),
 }
-SLACK = 2 if TRITON_VERSION == (3, 7) else 4
+SLACK = 2
 # What a thread of the table kernel executes more, for its 7 or 8 loads.
 TABLE = {"sm_80": 22, "sm_90": 21, "sm_100": 21, "gfx942": 30}
 # Per element of the table kernel on sm_90, by number of fp16 tensors; of 1 to 3 a thread has half the elements.
@@ -95,7 +94,7 @@ def test_full_blocks_move_each_byte_once_in_wide_accesses(variants, for_each):
 
 
 def most_instructions(variant, code):
-    if TRITON_VERSION < (3, 7):
+    if not IS_COUNTED_VERSION:
         return LIMIT
     if variant in NAMES:
         most = INSTRUCTIONS[NAMES[variant]][list(TARGETS).index(variant.target)]

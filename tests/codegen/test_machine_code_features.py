@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import triton
+from machine_code_checks import IS_COUNTED_VERSION
 
 from adamw_triton.storage.policies import BY_NAME, DTYPES
 from bench.codegen.devices import DEVICES
@@ -15,9 +16,7 @@ NVIDIA = [target for target in TARGETS if target.startswith("sm_")]
 # Instructions per element. Reducing over the lanes of a warp costs a thread of 4 elements as much as one of 8.
 MOST = {"control": 3.0, "statistics": 6.5, "cautious": 3.0}
 FOUR_ELEMENTS = {"statistics": 9.0}
-# Of other versions of Triton than these numbers are of.
 TRITON_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-SLACK = 0.0 if TRITON_VERSION == (3, 7) else 1.5
 
 
 def plain(target):
@@ -34,7 +33,7 @@ def test_instructions_that_a_feature_adds(target, examined, for_each):
         without = codes[replace(variant, **{feature: False})]
         added = with_it.instructions_per_element - without.instructions_per_element
         most = FOUR_ELEMENTS.get(feature, MOST[feature]) if without.elements == 4 else MOST[feature]
-        assert -SLACK < added <= most + SLACK
+        assert 0 < added <= most or not IS_COUNTED_VERSION
         assert with_it.mufu == without.mufu and with_it.spills == with_it.calls == 0
         assert with_it.barriers == without.barriers and with_it.shared_bytes == without.shared_bytes
         # Tensors are accessed as before; statistics are 16 bytes of one thread in eight.
@@ -54,7 +53,8 @@ def test_all_features_together(target, examined, for_each):
         # Triton 3.8 keeps one value of the fp32 table kernel in local memory on sm_90, in one access each way.
         assert code.spills <= (0 if TRITON_VERSION < (3, 8) else 2)
         assert code.calls == 0 and code.barriers == without.barriers
-        assert code.instructions_per_element <= without.instructions_per_element + sum(MOST.values()) + 3
+        most = without.instructions_per_element + sum(MOST.values()) + 3
+        assert code.instructions_per_element <= most or not IS_COUNTED_VERSION
 
     for_each([replace(variant, **dict.fromkeys(FEATURES, True)) for variant in codes], check)
 
