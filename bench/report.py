@@ -41,15 +41,12 @@ def tables(found: list[records.Record]) -> list[dict[str, Any]]:
         ]  # fmt: skip
         providers = {record["provider"] for record in measured}
         columns = ["case", *(["provider"] if len(providers) > 1 else []), *names]
-        rows = [
-            {"cells": cells(record, columns), "is_ours": len(providers) > 1 and record["provider"].startswith(OURS)}
-            for record in measured
-        ]
-        is_text = [all(row["cells"][i]["number"] is None for row in rows) for i in range(len(columns))]
+        rows = [cells(record, columns) for record in measured]
+        is_text = [all(row[i]["number"] is None for row in rows) for i in range(len(columns))]
+        is_ours = [len(providers) > 1 and record["provider"].startswith(OURS) for record in measured]
         errors = [f"{r['case']}, {r['provider']}: {r['error']}" for r in of_command if "error" in r]
-        made.append(
-            {"command": command, "columns": list(zip(columns, is_text, strict=True)), "rows": rows, "errors": errors}
-        )
+        table = {"columns": list(zip(columns, is_text, strict=True)), "rows": list(zip(rows, is_ours, strict=True))}
+        made.append({"command": command, **table, "errors": errors})
     return made
 
 

@@ -337,8 +337,9 @@ def test_commands_mark_what_they_cannot_measure(module, count, tmp_path, capsys)
     path = tmp_path / "result.json"
     assert module.main(["--json", str(path)]) == 0
     found = records.read(path)["records"]
+    command = module.__name__.split(".")[-1]
     assert len(found) == count or module is models
-    assert all(row["error"].startswith("no GPU") and row["command"] == module.__name__.split(".")[-1] for row in found)
+    assert all(row["error"].startswith("no GPU") and row["command"] == command for row in found)
     assert not any(isinstance(value, float) for row in found for value in row.values())
     assert json.loads(path.read_text())["conditions"]["command"].startswith(
         f"python -m bench {module.__name__.split('.')[-1]}"
