@@ -1,5 +1,6 @@
 """Without a GPU, kernels run in Triton's interpreter: that has to be decided before triton is imported."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -48,6 +49,12 @@ def pytest_collection_modifyitems(config, items):
         if not any_grad_dtype and any(isinstance(p, Policy) and p.grad != p.param for p in params):
             reason = "this torch refuses gradients of another dtype than their parameter's"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish():
+    """Leave out of garbage collections what is there by now, torch and thousands of tests: they take long otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

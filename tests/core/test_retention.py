@@ -27,15 +27,6 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fast_collection():
-    """Leave out what was there before these tests: most of torch and triton."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
 def build(request):
     return request.param
