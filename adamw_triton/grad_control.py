@@ -42,7 +42,7 @@ class GradNormOptions(NamedTuple):
         for name in ("max_grad_norm", "skip_grad_norm_above"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0):
-                raise ValueError(f"{name} must be None or a number above 0; got {value!r}")
+                raise ValueError(f"{name} must be None (off) or a number above 0; got {value!r}")
         if not isinstance(self.skip_nonfinite, bool):
             raise ValueError(f"skip_nonfinite must be True or False; got {self.skip_nonfinite!r}")
 

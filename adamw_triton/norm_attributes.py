@@ -40,11 +40,11 @@ class NormAttributes:
 
     @property
     def grad_norm(self) -> Tensor | None:
-        return self._decision_on(self._home).values[2] if self._norm_options.need_norm else None
+        return self._decision_on(self._home).values[2].clone() if self._norm_options.need_norm else None
 
     @property
     def skipped_steps(self) -> Tensor:
-        return self._decision_on(self._home).skipped
+        return self._decision_on(self._home).skipped.clone()
 
     @property
     def update_norm(self) -> Tensor | None:

@@ -89,8 +89,7 @@ class AdamW(NormAttributes, Optimizer):
 
     Attributes:
         grad_norm: 0-d float64 tensor on the device of the first parameter: norm of all gradients (unscaled, before
-            clipping) at the last step with gradients; None without an option that needs it. Every step writes it anew:
-            clone what is to be kept.
+            clipping) at the last step with gradients, NaN before the first; None without an option that needs it.
         skipped_steps: 0-d int64 tensor there: steps that this object has skipped; a copy begins with 0.
         update_norm, param_norm: 0-d float64 tensors there, with `statistics`: norms of the change of all parameters
             with gradients at the last step that was not skipped, and of these parameters after it; both before

@@ -346,7 +346,10 @@ def check_group(options: Mapping, *, seed_given: bool) -> None:
 def refuse_seed(seed: int) -> None:
     """Refuse a seed where nothing is rounded stochastically."""
     if seed != 0:
-        raise ValueError(f"seed={seed} is of stochastic rounding; give it with stochastic_rounding=True")
+        raise ValueError(
+            f"seed={seed} is of stochastic rounding; leave it out, or store moments in 8 bits, or low-precision "
+            f"parameters with stochastic_rounding=True"
+        )
 
 
 def _check_storage_of(param: Tensor, options: Mapping, bits: int | None) -> None:

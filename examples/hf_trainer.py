@@ -29,11 +29,11 @@ def trainer(folder, steps):
         GPT2Config(vocab_size=64, n_positions=32, n_embd=128, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
     )
     arguments = TrainingArguments(
-        folder, max_steps=steps, per_device_train_batch_size=16, learning_rate=3e-3, weight_decay=0.1, save_steps=20,
+        folder, max_steps=steps, per_device_train_batch_size=16, weight_decay=0.1, save_steps=20,
         logging_steps=10, report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
         max_grad_norm=0.0,  # the step clips: not here, too
     )  # fmt: skip
-    # lr, betas, eps and weight decay come from the arguments; Trainer makes the param groups.
+    # Trainer makes the param groups, with its weight decay; all else is from here, lr among it.
     ours = {"lr": 3e-3, "max_grad_norm": 1.0, "exp_avg_dtype": "int8", "exp_avg_sq_dtype": "uint8"}
     return Trainer(model, arguments, train_dataset=Repeated(), optimizer_cls_and_kwargs=(AdamW, ours))
 

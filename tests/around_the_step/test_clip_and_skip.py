@@ -16,6 +16,8 @@ from helpers import Guarded, bits
 from pairs import CLOSE, Pair, assert_same, by_hand, contents, differences, norm_options, set_grads
 from torch import nn
 
+from adamw_triton import AdamW
+
 NORM = {"rtol": 2e-6, "atol": 0.0}
 GROUPS = (
     {"lr": 1e-2, "weight_decay": 0.1},
@@ -118,6 +120,21 @@ def test_each_limit_alone(options, device, path):
             race.set_gradients(scale, poison)
             race.step()
     assert race.skipped == {"skip_nonfinite": 4, "skip_grad_norm_above": 5, "max_grad_norm": 0}[next(iter(options))]
+
+
+def test_values_read_are_not_overwritten(device, path):
+    """By the next step: whoever collects them in a list, and looks at that later, finds what was read."""
+    params = [nn.Parameter(torch.randn(n, device=device)) for n in (5, 300)]
+    optimizer = AdamW(params, max_grad_norm=1.0, skip_nonfinite=True)
+    read = []
+    for value in (1.0, 2.0, math.inf):
+        for param in params:
+            param.grad = torch.full_like(param, value)
+        optimizer.step()
+        read.append((optimizer.grad_norm, optimizer.skipped_steps))
+    norms, counts = zip(*read, strict=True)
+    assert [norm.item() for norm in norms] == pytest.approx([math.sqrt(305), 2 * math.sqrt(305), math.inf])
+    assert [count.item() for count in counts] == [0, 0, 1]
 
 
 def test_limits_change_between_steps(device, path):
