@@ -366,9 +366,12 @@ class Examiners:
 
     def _examine_one(self, process: subprocess.Popen[str], variant: Variant) -> MachineCode | Failure:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps(asdict(variant)) + "\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
+        try:
+            process.stdin.write(json.dumps(asdict(variant)) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
         if not line:
             raise RuntimeError(f"the process that examines kernels ended at {variant}; what it printed is above")
         fields = json.loads(line)

@@ -113,6 +113,12 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors, f"{page}: {path}{anchor}"
 
 
+def test_files_that_the_tests_readme_names_are_there():
+    named = set(re.findall(r"`([a-z_]+/)?(test_[a-z_0-9]+\.py)", text_of("tests/README.md")))
+    assert len(named) > 20
+    assert [f"{folder}{name}" for folder, name in named if not (ROOT / "tests" / folder / name).exists()] == []
+
+
 def test_the_readme_is_short():
     assert len(text_of("README.md").splitlines()) <= 150
 
